@@ -1,0 +1,46 @@
+/*
+ * compat.h
+ *		Differences between the PostgreSQL and libcurl versions that are
+ *		supported: the only place with version #ifs.
+ */
+#ifndef CHAT_COMPAT_H
+#define CHAT_COMPAT_H
+
+#include "pg_config.h"
+
+#if PG_VERSION_NUM < 150000
+#error "chat needs PostgreSQL 15 or later"
+#endif
+
+/* --- JSON parser (common/jsonapi.h) --- */
+
+/* --- server --- */
+
+#ifndef FRONTEND
+
+/* 15 declares neither; its exported functions need the visibility, too. */
+#if PG_VERSION_NUM < 160000
+#define CHAT_INIT_EXPORT PGDLLEXPORT
+#else
+#define CHAT_INIT_EXPORT
+#endif
+
+#if PG_VERSION_NUM >= 170000
+#define chat_wait_event(name) WaitEventExtensionNew(name)
+#define chat_proc_by_number(n) GetPGProcByNumber(n)
+#define chat_my_proc_number() ((int) MyProcNumber)
+#else
+#define chat_wait_event(name) PG_WAIT_EXTENSION
+#define chat_proc_by_number(n) (&ProcGlobal->allProcs[(n)])
+#define chat_my_proc_number() ((int) MyProc->pgprocno)
+#endif
+
+#if PG_VERSION_NUM >= 180000
+#define CHAT_MODULE_MAGIC PG_MODULE_MAGIC_EXT(.name = "chat", .version = CHAT_VERSION)
+#else
+#define CHAT_MODULE_MAGIC PG_MODULE_MAGIC
+#endif
+
+#endif							/* !FRONTEND */
+
+#endif							/* CHAT_COMPAT_H */
