@@ -1,0 +1,177 @@
+/*
+ * db.c
+ *		Transactions, prepared statements, and the switch to the extension's
+ *		owner.
+ *
+ * Owns: the cached identity of the extension in this database (who owns it),
+ * which a syscache callback invalidates, and the plans of all ChatStmts.
+ * Everything here is local to the process.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/dependency.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_namespace.h"
+#include "commands/extension.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "utils/acl.h"
+#include "utils/guc.h"
+#include "utils/inval.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+
+#include "compat.h"
+#include "db.h"
+
+#define PINNED_SEARCH_PATH "pg_catalog, pg_temp"
+
+static char *user_id_setting = NULL;
+static Oid	extension_owner = InvalidOid;	/* InvalidOid = look it up */
+static ChatScope worker_scope;
+
+/* Forgets who owns the extension when a schema changes. */
+static void
+forget_owner(Datum arg, int cacheid, uint32 hashvalue)
+{
+	extension_owner = InvalidOid;
+}
+
+/* Declares the settings that belong to the data layer. */
+void
+chat_db_init(void)
+{
+	DefineCustomStringVariable("chat.user_id",
+							   "Application user that this session of the database works for.",
+							   "When it is not empty, only chat sessions of this user are seen.",
+							   &user_id_setting, "", PGC_USERSET, 0,
+							   NULL, NULL, NULL);
+	CacheRegisterSyscacheCallback(NAMESPACEOID, forget_owner, (Datum) 0);
+}
+
+/*
+ * Returns the role that owns schema chat, having checked that the schema
+ * belongs to the extension; InvalidOid when there is no such extension.
+ */
+Oid
+chat_db_extension_owner(void)
+{
+	Oid			extension;
+	Oid			schema;
+	HeapTuple	tuple;
+
+	if (OidIsValid(extension_owner))
+		return extension_owner;
+	extension = get_extension_oid("chat", true);
+	schema = get_namespace_oid("chat", true);
+	if (!OidIsValid(extension) || !OidIsValid(schema) ||
+		getExtensionOfObject(NamespaceRelationId, schema) != extension)
+		return InvalidOid;
+	tuple = SearchSysCache1(NAMESPACEOID, ObjectIdGetDatum(schema));
+	if (!HeapTupleIsValid(tuple))
+		return InvalidOid;
+	extension_owner = ((Form_pg_namespace) GETSTRUCT(tuple))->nspowner;
+	ReleaseSysCache(tuple);
+	return extension_owner;
+}
+
+/*
+ * Opens SPI and works as the extension's owner with a pinned search_path.
+ * An error on the way is undone by the abort of the (sub)transaction.
+ */
+void
+chat_db_enter(ChatScope *scope)
+{
+	Oid			owner = chat_db_extension_owner();
+
+	if (!OidIsValid(owner))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("extension \"chat\" is not installed in this database"),
+				 errhint("Run CREATE EXTENSION chat.")));
+	scope->caller = GetUserId();
+	scope->user = user_id_setting ? user_id_setting : "";
+	GetUserIdAndSecContext(&scope->saved_user, &scope->saved_context);
+	SPI_connect_ext(SPI_OPT_NONATOMIC);
+	SetUserIdAndSecContext(owner, scope->saved_context |
+						   SECURITY_LOCAL_USERID_CHANGE |
+						   SECURITY_RESTRICTED_OPERATION);
+	scope->guc_level = NewGUCNestLevel();
+	(void) set_config_option("search_path", PINNED_SEARCH_PATH,
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+}
+
+/* Undoes chat_db_enter(). */
+void
+chat_db_leave(ChatScope *scope)
+{
+	AtEOXact_GUC(false, scope->guc_level);
+	SetUserIdAndSecContext(scope->saved_user, scope->saved_context);
+	SPI_finish();
+}
+
+/* Fills the parameters $2 and $3 of CHAT_VISIBLE (values[1], values[2]). */
+void
+chat_db_caller(const ChatScope *scope, Datum *values)
+{
+	values[1] = ObjectIdGetDatum(scope->caller);
+	values[2] = CStringGetTextDatum(scope->user);
+}
+
+/* Runs a statement, preparing it the first time; returns the row count. */
+uint64
+chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls)
+{
+	int			rc;
+
+	if (stmt->plan == NULL)
+	{
+		SPIPlanPtr	plan = SPI_prepare(stmt->sql, stmt->ntypes,
+									   (Oid *) stmt->types);
+
+		if (plan == NULL || SPI_keepplan(plan) != 0)
+			elog(ERROR, "could not prepare statement: %s: %s",
+				 SPI_result_code_string(SPI_result), stmt->sql);
+		stmt->plan = plan;
+	}
+	rc = SPI_execute_plan(stmt->plan, values, nulls, false, 0);
+	if (rc < 0)
+		elog(ERROR, "could not execute statement: %s: %s",
+			 SPI_result_code_string(rc), stmt->sql);
+	return SPI_processed;
+}
+
+/* Starts a transaction of a background worker, working as the owner. */
+void
+chat_db_begin(const char *activity)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	chat_db_enter(&worker_scope);
+	pgstat_report_activity(STATE_RUNNING, activity);
+}
+
+/* Commits what chat_db_begin() started and flushes the statistics. */
+void
+chat_db_commit(void)
+{
+	chat_db_leave(&worker_scope);
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	pgstat_report_stat(true);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/*
+ * Ends a worker's failed transaction.  The caller has caught the error and
+ * copied what it wants to know of it.
+ */
+void
+chat_db_abort(void)
+{
+	AbortCurrentTransaction();
+	pgstat_report_activity(STATE_IDLE, NULL);
+}

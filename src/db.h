@@ -1,0 +1,161 @@
+/*
+ * db.h
+ *		Transactions, statements that are prepared once, and typed results.
+ *
+ * A C function that a user calls does
+ *
+ *		ChatScope	scope;
+ *
+ *		chat_db_enter(&scope);		-- SPI, as the extension's owner
+ *		chat_db_exec(&stmt, values, nulls);
+ *		... chat_db_text(row, column) ...
+ *		chat_db_leave(&scope);
+ *
+ * with the condition CHAT_VISIBLE in the statements that touch a session,
+ * whose parameters $1 to $3 chat_db_caller() fills.  A background worker
+ * brackets the same with chat_db_begin() and chat_db_commit().
+ */
+#ifndef CHAT_DB_H
+#define CHAT_DB_H
+
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+#include "utils/uuid.h"
+
+/* A statement that is prepared at its first use and kept by the process. */
+typedef struct ChatStmt
+{
+	const char *sql;
+	const Oid  *types;
+	int			ntypes;
+	SPIPlanPtr	plan;
+} ChatStmt;
+
+/* CHAT_STMT(name, "SQL", type OID of $1, ...): at file scope */
+#define CHAT_STMT(name, text, ...) \
+	static const Oid name##_types[] = {__VA_ARGS__}; \
+	static ChatStmt name = {text, name##_types, lengthof(name##_types), NULL}
+
+/* What chat_db_enter() changes and chat_db_leave() restores. */
+typedef struct ChatScope
+{
+	Oid			caller;			/* role that called us */
+	const char *user;			/* chat.user_id of the caller, "" if unset */
+	Oid			saved_user;
+	int			saved_context;
+	int			guc_level;
+} ChatScope;
+
+/*
+ * The ownership condition on chat.chat_session AS s: $1 is the session's id,
+ * $2 the caller's role, $3 chat.user_id ("" = any).  The same rule as the
+ * row-level security policy.
+ */
+#define CHAT_VISIBLE \
+	" s.id = $1 AND pg_catalog.pg_has_role($2, s.owner, 'USAGE')" \
+	" AND ($3 = '' OR s.user_id = $3) "
+#define CHAT_VISIBLE_TYPES UUIDOID, OIDOID, TEXTOID
+
+extern void chat_db_init(void);
+extern void chat_db_enter(ChatScope *scope);
+extern void chat_db_leave(ChatScope *scope);
+extern void chat_db_caller(const ChatScope *scope, Datum *values);
+extern uint64 chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls);
+extern void chat_db_begin(const char *activity);
+extern void chat_db_commit(void);
+extern void chat_db_abort(void);
+extern Oid	chat_db_extension_owner(void);
+
+/*
+ * Results of the last chat_db_exec(): rows and columns count from 0 and 1.
+ * Pointers live as long as the SPI context unless copied.
+ */
+static inline Datum
+chat_db_datum(uint64 row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
+						 column, isnull);
+}
+
+static inline bool
+chat_db_isnull(uint64 row, int column)
+{
+	bool		isnull;
+
+	(void) chat_db_datum(row, column, &isnull);
+	return isnull;
+}
+
+/* Returns a palloc'ed C string, or NULL. The column is text or json. */
+static inline char *
+chat_db_text(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		d = chat_db_datum(row, column, &isnull);
+
+	return isnull ? NULL : TextDatumGetCString(d);
+}
+
+/* Returns the column in its type's output form, or NULL (any type). */
+static inline char *
+chat_db_string(uint64 row, int column)
+{
+	return SPI_getvalue(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
+						column);
+}
+
+static inline int64
+chat_db_int64(uint64 row, int column, int64 otherwise)
+{
+	bool		isnull;
+	Datum		d = chat_db_datum(row, column, &isnull);
+
+	return isnull ? otherwise : DatumGetInt64(d);
+}
+
+static inline int32
+chat_db_int32(uint64 row, int column, int32 otherwise)
+{
+	bool		isnull;
+	Datum		d = chat_db_datum(row, column, &isnull);
+
+	return isnull ? otherwise : DatumGetInt32(d);
+}
+
+static inline Oid
+chat_db_oid(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		d = chat_db_datum(row, column, &isnull);
+
+	return isnull ? InvalidOid : DatumGetObjectId(d);
+}
+
+static inline bool
+chat_db_bool(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		d = chat_db_datum(row, column, &isnull);
+
+	return !isnull && DatumGetBool(d);
+}
+
+/* Copies a uuid; all zeros when the column is NULL. */
+static inline pg_uuid_t
+chat_db_uuid(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		d = chat_db_datum(row, column, &isnull);
+	pg_uuid_t	id;
+
+	memset(&id, 0, sizeof(id));
+	if (!isnull)
+		id = *DatumGetUUIDP(d);
+	return id;
+}
+
+#endif							/* CHAT_DB_H */
