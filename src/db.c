@@ -93,7 +93,7 @@ chat_db_enter(ChatScope *scope)
 	scope->caller = GetUserId();
 	scope->user = user_id_setting ? user_id_setting : "";
 	GetUserIdAndSecContext(&scope->saved_user, &scope->saved_context);
-	SPI_connect_ext(SPI_OPT_NONATOMIC);
+	SPI_connect();
 	SetUserIdAndSecContext(owner, scope->saved_context |
 						   SECURITY_LOCAL_USERID_CHANGE |
 						   SECURITY_RESTRICTED_OPERATION);
