@@ -44,7 +44,7 @@ typedef struct ChatSseEvent
 	size_t		name_len;
 } ChatSseEvent;
 
-/* The parser's state; 96 bytes, and a malloc'ed buffer only while needed. */
+/* The parser's state; 88 bytes, and a malloc'ed buffer only while needed. */
 typedef struct ChatSse
 {
 	char	   *buf;			/* data of the event being gathered */
