@@ -1,0 +1,584 @@
+/*
+ * http.c
+ *		HTTP transfers over one libcurl multi handle per process.
+ *
+ * Owns: the multi handle, the epoll descriptor that libcurl's sockets are
+ * members of, libcurl's timer, and the list of transfers that have news.
+ * All of it is local to the process and made in the process that uses it,
+ * never in the postmaster.
+ *
+ * The epoll descriptor is nested in the caller's WaitEventSet, so that the
+ * set stays the same however many sockets come and go; what is ready is
+ * asked for here, without waiting.
+ *
+ * libcurl may start a thread to resolve a name.  Signals stay blocked around
+ * every call that may do so: a handler of the server must not run there.
+ */
+#include "postgres.h"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "miscadmin.h"
+#include "portability/instr_time.h"
+#include "storage/latch.h"
+#include "utils/wait_event.h"
+
+#include "compat.h"
+#include "http.h"
+
+#define READY_BATCH 256
+#define KEEP_CONNECTIONS 128L
+#define MIN_BUFFER 1024
+/* a buffer larger than this is given back once it was consumed */
+#define KEEP_BUFFER 4096
+
+static CURLM *multi = NULL;
+static int	epoll_fd = -1;
+static int64 timer_due = -1;	/* ms of now_ms(), -1 = none */
+static int	running = 0;
+static dlist_head ready_list = DLIST_STATIC_INIT(ready_list);
+
+/* Returns a clock in milliseconds that is never set back. */
+static int64
+now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64) t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Puts a transfer into the list of chat_http_next(). */
+static void
+mark_ready(ChatTransfer *t)
+{
+	if (t->ready)
+		return;
+	t->ready = true;
+	dlist_push_tail(&ready_list, &t->node);
+}
+
+/* libcurl tells which events of a socket it waits for. */
+static int
+on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *known)
+{
+	struct epoll_event ev = {0};
+
+	if (what == CURL_POLL_REMOVE)
+	{
+		/* the kernel has removed it already when it was closed */
+		(void) epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+		return 0;
+	}
+	ev.data.fd = fd;
+	if (what & CURL_POLL_IN)
+		ev.events |= EPOLLIN;
+	if (what & CURL_POLL_OUT)
+		ev.events |= EPOLLOUT;
+	if (epoll_ctl(epoll_fd, EPOLL_CTL_MOD, fd, &ev) != 0 &&
+		epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &ev) != 0)
+		return -1;
+	return 0;
+}
+
+/* libcurl tells when it wants to be called without a socket's event. */
+static int
+on_timer(CURLM *m, long timeout, void *arg)
+{
+	timer_due = timeout < 0 ? -1 : now_ms() + timeout;
+	return 0;
+}
+
+/* True if an IPv4 address (host order) belongs to this machine. */
+static bool
+is_loopback4(uint32 a)
+{
+	return (a >> 24) == 127;
+}
+
+/* True if an IPv4 address is not one of the public internet. */
+static bool
+is_private4(uint32 a)
+{
+	return (a >> 24) == 0 || (a >> 24) == 10 ||
+		(a >> 20) == 0xac1 ||	/* 172.16/12 */
+		(a >> 16) == 0xc0a8 ||	/* 192.168/16 */
+		(a >> 16) == 0xa9fe ||	/* 169.254/16, cloud metadata */
+		(a >> 22) == 0x191 ||	/* 100.64/10, shared */
+		(a >> 8) == 0xc00000 || /* 192.0.0/24 */
+		(a >> 17) == 0x6309 ||	/* 198.18/15, benchmarks */
+		(a >> 28) >= 14;		/* multicast and reserved */
+}
+
+/* Decides about an IPv6 address; embedded IPv4 addresses count as such. */
+static bool
+address6_allowed(const ChatTransfer *t, const struct in6_addr *a)
+{
+	const uint8 *b = a->s6_addr;
+	uint32		v4 = ((uint32) b[12] << 24) | (b[13] << 16) | (b[14] << 8) | b[15];
+
+	if (IN6_IS_ADDR_LOOPBACK(a))
+		return t->allow_loopback || t->allow_private;
+	if (IN6_IS_ADDR_V4MAPPED(a) || IN6_IS_ADDR_V4COMPAT(a) ||
+		(b[0] == 0 && b[1] == 0x64 && b[2] == 0xff && b[3] == 0x9b))
+	{
+		if (is_loopback4(v4))
+			return t->allow_loopback || t->allow_private;
+		return t->allow_private || !is_private4(v4);
+	}
+	if (IN6_IS_ADDR_UNSPECIFIED(a) || IN6_IS_ADDR_LINKLOCAL(a) ||
+		IN6_IS_ADDR_SITELOCAL(a) || IN6_IS_ADDR_MULTICAST(a) ||
+		(b[0] & 0xfe) == 0xfc)
+		return t->allow_private;
+	return true;
+}
+
+/* Decides whether a transfer may connect to the address that was resolved. */
+static bool
+address_allowed(const ChatTransfer *t, const struct sockaddr *addr)
+{
+	if (addr->sa_family == AF_INET)
+	{
+		uint32		a = ntohl(((const struct sockaddr_in *) addr)->sin_addr.s_addr);
+
+		if (is_loopback4(a))
+			return t->allow_loopback || t->allow_private;
+		return t->allow_private || !is_private4(a);
+	}
+	if (addr->sa_family == AF_INET6)
+		return address6_allowed(t, &((const struct sockaddr_in6 *) addr)->sin6_addr);
+	return false;
+}
+
+/* libcurl asks for a socket: the place to refuse an address (T61). */
+static curl_socket_t
+on_open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *addr)
+{
+	ChatTransfer *t = arg;
+
+	if (!address_allowed(t, &addr->addr))
+	{
+		t->forbidden = true;
+		return CURL_SOCKET_BAD;
+	}
+	return socket(addr->family, addr->socktype | SOCK_CLOEXEC, addr->protocol);
+}
+
+/* Makes room for n more bytes; false when there is no memory. */
+static bool
+reserve(ChatTransfer *t, size_t n)
+{
+	size_t		cap = t->cap ? t->cap : MIN_BUFFER;
+	char	   *buf;
+
+	while (cap < t->len + n)
+		cap *= 2;
+	if (cap == t->cap)
+		return true;
+	buf = realloc(t->buf, cap);
+	if (buf == NULL)
+		return false;
+	t->buf = buf;
+	t->cap = cap;
+	return true;
+}
+
+/* Reads what the head of the answer says. */
+static void
+note_head(ChatTransfer *t)
+{
+	long		status = 0;
+	curl_off_t	after = 0;
+	curl_off_t	sent = 0;
+	char	   *type = NULL;
+
+	curl_easy_getinfo(t->easy, CURLINFO_RESPONSE_CODE, &status);
+	curl_easy_getinfo(t->easy, CURLINFO_CONTENT_TYPE, &type);
+	t->status = (int) status;
+	t->event_stream = type != NULL &&
+		pg_strncasecmp(type, "text/event-stream", 17) == 0;
+	if (curl_easy_getinfo(t->easy, CURLINFO_RETRY_AFTER, &after) == CURLE_OK &&
+		after > 0)
+		t->retry_after = (long) after;
+	curl_easy_getinfo(t->easy, CURLINFO_SIZE_UPLOAD_T, &sent);
+	if (t->body && (size_t) sent >= t->body_len)
+	{
+		explicit_bzero(t->body, t->body_len);
+		free(t->body);
+		t->body = NULL;
+	}
+}
+
+/* libcurl hands over bytes; a short count ends the transfer. */
+static size_t
+on_data(char *data, size_t size, size_t n, void *arg)
+{
+	ChatTransfer *t = arg;
+
+	n *= size;
+	if (t->status == 0)
+		note_head(t);
+	if (n > t->max_body - t->total)
+	{
+		t->too_large = true;
+		return 0;
+	}
+	if (!reserve(t, n))
+		return 0;
+	memcpy(t->buf + t->len, data, n);
+	t->len += n;
+	t->total += n;
+	mark_ready(t);
+	return n;
+}
+
+/* Says what a result of libcurl means to a caller. */
+static ChatHttpEnd
+classify(const ChatTransfer *t, CURLcode rc)
+{
+	if (t->forbidden)
+		return CHAT_HTTP_FORBIDDEN;
+	if (t->too_large)
+		return CHAT_HTTP_TOO_LARGE;
+	switch (rc)
+	{
+		case CURLE_OK:
+			return CHAT_HTTP_OK;
+		case CURLE_OPERATION_TIMEDOUT:
+			return CHAT_HTTP_CONNECT_TIMEOUT;
+		case CURLE_COULDNT_RESOLVE_HOST:
+		case CURLE_COULDNT_RESOLVE_PROXY:
+		case CURLE_COULDNT_CONNECT:
+			return CHAT_HTTP_CONNECT_FAILED;
+		case CURLE_GOT_NOTHING:
+		case CURLE_RECV_ERROR:
+		case CURLE_SEND_ERROR:
+		case CURLE_PARTIAL_FILE:
+		case CURLE_HTTP2:
+		case CURLE_HTTP2_STREAM:
+		case CURLE_SSL_CONNECT_ERROR:
+		case CURLE_OUT_OF_MEMORY:
+			return CHAT_HTTP_BROKEN;
+		default:
+			return CHAT_HTTP_FATAL;
+	}
+}
+
+/* Notes the transfers that libcurl has finished. */
+static void
+collect_done(void)
+{
+	CURLMsg    *msg;
+	int			left;
+
+	while ((msg = curl_multi_info_read(multi, &left)) != NULL)
+	{
+		ChatTransfer *t = NULL;
+		CURLcode	rc = msg->data.result;
+
+		if (msg->msg != CURLMSG_DONE)
+			continue;
+		curl_easy_getinfo(msg->easy_handle, CURLINFO_PRIVATE, (char **) &t);
+		if (t->status == 0)
+			note_head(t);
+		t->done = true;
+		t->end = classify(t, rc);
+		if (rc != CURLE_OK && t->error[0] == '\0')
+			strlcpy(t->error, curl_easy_strerror(rc), sizeof(t->error));
+		mark_ready(t);
+	}
+}
+
+/* Blocks every signal; returns the old mask in *old. */
+static void
+block_signals(sigset_t *old)
+{
+	sigset_t	all;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, old);
+}
+
+/*
+ * Makes the multi handle of this process if there is none; returns the
+ * descriptor that becomes readable when chat_http_poll() has work.
+ */
+int
+chat_http_start(void)
+{
+	if (multi != NULL)
+		return epoll_fd;
+	if (curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK)
+		ereport(ERROR,
+				(errcode(ERRCODE_EXTERNAL_ROUTINE_EXCEPTION),
+				 errmsg("could not initialize libcurl")));
+	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (epoll_fd < 0)
+		ereport(ERROR,
+				(errcode_for_socket_access(),
+				 errmsg("could not create epoll descriptor: %m")));
+	multi = curl_multi_init();
+	if (multi == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("could not create a libcurl multi handle")));
+	curl_multi_setopt(multi, CURLMOPT_SOCKETFUNCTION, on_socket);
+	curl_multi_setopt(multi, CURLMOPT_TIMERFUNCTION, on_timer);
+	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, KEEP_CONNECTIONS);
+	return epoll_fd;
+}
+
+/* Sets what every transfer has in common. */
+static void
+set_common_options(ChatTransfer *t, const ChatHttpRequest *req)
+{
+	CURL	   *easy = t->easy;
+
+	curl_easy_setopt(easy, CURLOPT_PRIVATE, t);
+	curl_easy_setopt(easy, CURLOPT_ERRORBUFFER, t->error);
+	curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
+	curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
+	curl_easy_setopt(easy, CURLOPT_FOLLOWLOCATION, 0L);
+	curl_easy_setopt(easy, CURLOPT_PROXY, req->proxy ? req->proxy : "");
+	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, on_data);
+	curl_easy_setopt(easy, CURLOPT_WRITEDATA, t);
+	curl_easy_setopt(easy, CURLOPT_TCP_KEEPALIVE, 1L);
+	curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS,
+					 (long) req->connect_timeout);
+	curl_easy_setopt(easy, CURLOPT_UPLOAD_BUFFERSIZE, 16384L);
+	if (req->proxy == NULL)
+	{
+		curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, on_open_socket);
+		curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, t);
+	}
+	if (req->ca_file)
+		curl_easy_setopt(easy, CURLOPT_CAINFO, req->ca_file);
+}
+
+/* Sets URL, headers and body; false when there is no memory. */
+static bool
+set_request(ChatTransfer *t, const ChatHttpRequest *req)
+{
+	struct curl_slist *list;
+
+	if (curl_easy_setopt(t->easy, CURLOPT_URL, req->url) != CURLE_OK)
+		return false;
+	for (int i = 0; i < req->nheaders; i++)
+	{
+		list = curl_slist_append(t->headers, req->headers[i]);
+		if (list == NULL)
+			return false;
+		t->headers = list;
+	}
+	/* no "100 Continue" round trip before a large body */
+	list = curl_slist_append(t->headers, "Expect:");
+	if (list == NULL)
+		return false;
+	t->headers = list;
+	curl_easy_setopt(t->easy, CURLOPT_HTTPHEADER, t->headers);
+	if (req->body == NULL)
+		return true;
+	t->body = malloc(req->body_len + 1);
+	if (t->body == NULL)
+		return false;
+	memcpy(t->body, req->body, req->body_len);
+	t->body_len = req->body_len;
+	curl_easy_setopt(t->easy, CURLOPT_POSTFIELDSIZE_LARGE,
+					 (curl_off_t) req->body_len);
+	curl_easy_setopt(t->easy, CURLOPT_POSTFIELDS, t->body);
+	return true;
+}
+
+/* Frees a transfer that is in no list and not part of the multi handle. */
+static void
+free_transfer(ChatTransfer *t)
+{
+	if (t->easy)
+		curl_easy_cleanup(t->easy);
+	/* headers and body may hold a key or what a user wrote */
+	for (struct curl_slist *h = t->headers; h != NULL; h = h->next)
+		explicit_bzero(h->data, strlen(h->data));
+	curl_slist_free_all(t->headers);
+	if (t->body)
+	{
+		explicit_bzero(t->body, t->body_len);
+		free(t->body);
+	}
+	free(t->buf);
+	free(t);
+}
+
+/*
+ * Starts a transfer.  All of the request is copied.  Raises an error when
+ * there is no memory; everything else is told when the transfer ends.
+ */
+ChatTransfer *
+chat_http_open(const ChatHttpRequest *req, void *owner)
+{
+	ChatTransfer *t;
+	sigset_t	mask;
+	bool		ok;
+
+	chat_http_start();
+	t = calloc(1, sizeof(ChatTransfer));
+	if (t == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	t->owner = owner;
+	t->max_body = req->max_body;
+	t->retry_after = -1;
+	t->allow_loopback = req->allow_loopback;
+	t->allow_private = req->allow_private;
+	block_signals(&mask);
+	t->easy = curl_easy_init();
+	ok = t->easy != NULL;
+	if (ok)
+	{
+		set_common_options(t, req);
+		ok = set_request(t, req) &&
+			curl_multi_add_handle(multi, t->easy) == CURLM_OK;
+	}
+	if (!ok)
+		free_transfer(t);
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+	if (!ok)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("could not start an HTTP request")));
+	return t;
+}
+
+/* Ends a transfer, whatever its state, and frees it. */
+void
+chat_http_close(ChatTransfer *t)
+{
+	sigset_t	mask;
+
+	if (t->ready)
+		dlist_delete(&t->node);
+	block_signals(&mask);
+	curl_multi_remove_handle(multi, t->easy);
+	free_transfer(t);
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+}
+
+/* Stops or goes on reading a transfer's answer. */
+void
+chat_http_pause(ChatTransfer *t, bool pause)
+{
+	sigset_t	mask;
+
+	if (t->done || t->paused == pause)
+		return;
+	t->paused = pause;
+	block_signals(&mask);
+	curl_easy_pause(t->easy, pause ? CURLPAUSE_RECV : CURLPAUSE_CONT);
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+}
+
+/* Moves whatever is ready, without waiting. */
+void
+chat_http_poll(void)
+{
+	struct epoll_event events[READY_BATCH];
+	sigset_t	mask;
+	int			n;
+
+	if (multi == NULL)
+		return;
+	block_signals(&mask);
+	n = epoll_wait(epoll_fd, events, READY_BATCH, 0);
+	for (int i = 0; i < n; i++)
+	{
+		int			what = 0;
+
+		if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+			what |= CURL_CSELECT_IN;
+		if (events[i].events & EPOLLOUT)
+			what |= CURL_CSELECT_OUT;
+		curl_multi_socket_action(multi, events[i].data.fd, what, &running);
+	}
+	if (timer_due >= 0 && now_ms() >= timer_due)
+	{
+		timer_due = -1;
+		curl_multi_socket_action(multi, CURL_SOCKET_TIMEOUT, 0, &running);
+	}
+	collect_done();
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+}
+
+/* Returns the milliseconds until libcurl's timer, -1 for none. */
+long
+chat_http_timeout(void)
+{
+	int64		left;
+
+	if (timer_due < 0)
+		return -1;
+	left = timer_due - now_ms();
+	return left > 0 ? (long) left : 0;
+}
+
+/*
+ * Returns a transfer that received something or ended, or NULL.  The caller
+ * consumes buf and sets len to what it leaves.
+ */
+ChatTransfer *
+chat_http_next(void)
+{
+	ChatTransfer *t;
+
+	if (dlist_is_empty(&ready_list))
+		return NULL;
+	t = dlist_container(ChatTransfer, node, dlist_pop_head_node(&ready_list));
+	t->ready = false;
+	return t;
+}
+
+/*
+ * Performs one request and waits for its end, at most timeout ms; the caller
+ * closes the transfer.  Interrupts are served while it waits.  For functions
+ * that a user calls; the worker never waits.
+ */
+ChatTransfer *
+chat_http_perform(const ChatHttpRequest *req, int timeout)
+{
+	ChatTransfer *t = chat_http_open(req, NULL);
+	int64		due = now_ms() + timeout;
+
+	PG_TRY();
+	{
+		while (!t->done && now_ms() < due)
+		{
+			long		wait = chat_http_timeout();
+
+			if (wait < 0 || wait > due - now_ms())
+				wait = Max(due - now_ms(), 0);
+			(void) WaitLatchOrSocket(MyLatch,
+									 WL_LATCH_SET | WL_SOCKET_READABLE |
+									 WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+									 epoll_fd, wait, PG_WAIT_EXTENSION);
+			ResetLatch(MyLatch);
+			CHECK_FOR_INTERRUPTS();
+			chat_http_poll();
+		}
+	}
+	PG_CATCH();
+	{
+		chat_http_close(t);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	if (!t->done)
+	{
+		t->end = CHAT_HTTP_CONNECT_TIMEOUT;
+		strlcpy(t->error, "no answer in time", sizeof(t->error));
+	}
+	return t;
+}
