@@ -31,11 +31,9 @@
 #include "compat.h"
 #include "http.h"
 
-#define READY_BATCH 256
+#define READY_BATCH 1024
 #define KEEP_CONNECTIONS 128L
 #define MIN_BUFFER 1024
-/* a buffer larger than this is given back once it was consumed */
-#define KEEP_BUFFER 4096
 
 static CURLM *multi = NULL;
 static int	epoll_fd = -1;

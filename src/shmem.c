@@ -1,0 +1,386 @@
+/*
+ * shmem.c
+ *		Shared memory: worker slots, the bell at commit, waiting for a task.
+ *
+ * Owns ChatShared and the wait buckets behind it.  They hold plain data only
+ * (PIDs, OIDs, counters): nothing of a process that has died can be followed.
+ *
+ * Locks: ChatShared.lock protects the slots and the two OID lists.  The
+ * commit callback, which must not fail, takes no lock: it reads the atomics
+ * of the slots and sets latches by proc number; a latch of the wrong process
+ * that is set by accident is a spurious wake-up and no more.
+ *
+ * Waiting: a reader registers in the bucket of its task, looks at the tables,
+ * and sleeps until the bucket's generation grows.  The worker looks for
+ * readers after each commit; with none, publishing is one atomic read.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "storage/condition_variable.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "storage/shmem.h"
+#include "utils/wait_event.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "shmem.h"
+
+#define WAIT_BUCKETS 256
+
+typedef struct WaitBucket
+{
+	ConditionVariable cv;
+	pg_atomic_uint64 generation;
+	pg_atomic_uint32 readers;
+} WaitBucket;
+
+ChatShared *chat_shared = NULL;
+ChatSlot   *chat_slot = NULL;
+
+static WaitBucket *buckets = NULL;
+static shmem_request_hook_type prev_request_hook = NULL;
+static shmem_startup_hook_type prev_startup_hook = NULL;
+
+/* what this transaction has to do at its commit */
+static bool ring_wanted = false;
+static bool recheck_wanted = false;
+static bool check_wanted = false;
+
+/* Returns the size of ChatShared with its slots. */
+static Size
+shared_size(void)
+{
+	return MAXALIGN(offsetof(ChatShared, slots) +
+					sizeof(ChatSlot) * max_worker_processes);
+}
+
+/* Asks for the memory, in the postmaster. */
+static void
+request_memory(void)
+{
+	if (prev_request_hook)
+		prev_request_hook();
+	RequestAddinShmemSpace(shared_size() +
+						   MAXALIGN(sizeof(WaitBucket) * WAIT_BUCKETS));
+	RequestNamedLWLockTranche("chat", 1);
+}
+
+/* Gives a slot its first state. */
+static void
+init_slot(ChatSlot *slot)
+{
+	pg_atomic_init_u32(&slot->proc, 0);
+	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
+	pg_atomic_init_u32(&slot->recheck, 0);
+	pg_atomic_init_u32(&slot->progress, 0);
+	for (int i = 0; i < sizeof(ChatCounters) / sizeof(pg_atomic_uint64); i++)
+		pg_atomic_init_u64(&((pg_atomic_uint64 *) &slot->counters)[i], 0);
+}
+
+/* Finds or makes the structures. */
+static void
+startup(void)
+{
+	bool		found;
+
+	if (prev_startup_hook)
+		prev_startup_hook();
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	chat_shared = ShmemInitStruct("chat", shared_size(), &found);
+	if (!found)
+	{
+		memset(chat_shared, 0, shared_size());
+		chat_shared->lock = &GetNamedLWLockTranche("chat")->lock;
+		chat_shared->nslots = max_worker_processes;
+		chat_shared->rescan = true;
+		pg_atomic_init_u32(&chat_shared->launcher_proc, 0);
+		for (int i = 0; i < chat_shared->nslots; i++)
+			init_slot(&chat_shared->slots[i]);
+	}
+	buckets = ShmemInitStruct("chat waits", sizeof(WaitBucket) * WAIT_BUCKETS,
+							  &found);
+	for (int i = 0; !found && i < WAIT_BUCKETS; i++)
+	{
+		ConditionVariableInit(&buckets[i].cv);
+		pg_atomic_init_u64(&buckets[i].generation, 0);
+		pg_atomic_init_u32(&buckets[i].readers, 0);
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/* Rings after the commit; forgets it after an abort. Must not fail. */
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_COMMIT:
+			if (ring_wanted && chat_shared)
+				chat_shmem_ring(MyDatabaseId, recheck_wanted);
+			if (check_wanted && chat_shared)
+				chat_shmem_changed(MyDatabaseId);
+			break;
+		case XACT_EVENT_ABORT:
+		case XACT_EVENT_PREPARE:	/* COMMIT PREPARED rings */
+			break;
+		default:
+			return;
+	}
+	ring_wanted = recheck_wanted = check_wanted = false;
+}
+
+/* Installs the hooks; the memory exists only when preloaded. */
+void
+chat_shmem_init(void)
+{
+	RegisterXactCallback(at_transaction_end, NULL);
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+	prev_request_hook = shmem_request_hook;
+	shmem_request_hook = request_memory;
+	prev_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup;
+}
+
+/* Raises an error that says what to do when the library is not preloaded. */
+void
+chat_shmem_require(void)
+{
+	if (chat_shared == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the chat runtime is not loaded"),
+				 errdetail("Only the data functions work without it."),
+				 errhint("Add the line shared_preload_libraries = 'chat' to postgresql.conf and restart the server.")));
+}
+
+/* Sets the latch of the launcher. */
+static void
+wake_launcher(void)
+{
+	uint32		proc = pg_atomic_read_u32(&chat_shared->launcher_proc);
+
+	if (proc > 0)
+		SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
+}
+
+/* Leaves the slot to the launcher when the process ends. */
+static void
+detach(int code, Datum arg)
+{
+	ChatSlot   *slot = chat_slot;
+
+	if (slot == NULL)
+		return;
+	chat_slot = NULL;
+	pg_atomic_write_u32(&slot->proc, 0);
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	if (slot->pid == MyProcPid)
+	{
+		slot->pid = 0;
+		slot->state = CHAT_SLOT_EXITED;
+	}
+	LWLockRelease(chat_shared->lock);
+	wake_launcher();
+}
+
+/*
+ * Takes the slot that the launcher has set aside and gives this worker an
+ * identity that no other worker ever had.  Exits when the slot is not (or no
+ * longer) meant for us.
+ */
+void
+chat_shmem_attach(int index, Oid database)
+{
+	ChatSlot   *slot = &chat_shared->slots[index];
+	int64		identity;
+	bool		mine;
+
+	if (!pg_strong_random(&identity, sizeof(identity)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("could not generate random numbers")));
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	mine = slot->state == CHAT_SLOT_STARTING && slot->database == database;
+	for (int i = 0; i < CHAT_MAX_BLOCKED; i++)
+		mine = mine && chat_shared->blocked[i] != database;
+	if (mine)
+	{
+		slot->state = CHAT_SLOT_RUNNING;
+		slot->exit = CHAT_EXIT_ERROR;
+		slot->pid = MyProcPid;
+		slot->identity = identity;
+		slot->started_at = GetCurrentTimestamp();
+	}
+	else if (slot->state == CHAT_SLOT_STARTING && slot->database == database)
+	{
+		slot->state = CHAT_SLOT_EXITED;
+		slot->exit = CHAT_EXIT_STOPPED;
+	}
+	LWLockRelease(chat_shared->lock);
+	if (!mine)
+	{
+		wake_launcher();
+		proc_exit(0);
+	}
+	chat_slot = slot;
+	init_slot(slot);
+	on_shmem_exit(detach, (Datum) 0);
+	pg_atomic_write_u32(&slot->bell_database, database);
+	pg_atomic_write_u32(&slot->proc, (uint32) chat_my_proc_number() + 1);
+}
+
+/* Says how this worker is going to end. */
+void
+chat_shmem_set_exit(ChatSlotExit how)
+{
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	chat_slot->exit = how;
+	LWLockRelease(chat_shared->lock);
+}
+
+/*
+ * Lists the identities of the workers that live in a database, in an array
+ * of max_worker_processes; returns how many.
+ */
+int
+chat_shmem_live(Oid database, int64 *identities)
+{
+	int			n = 0;
+
+	LWLockAcquire(chat_shared->lock, LW_SHARED);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+
+		if (slot->state == CHAT_SLOT_RUNNING && slot->pid != 0 &&
+			slot->database == database)
+			identities[n++] = slot->identity;
+	}
+	LWLockRelease(chat_shared->lock);
+	return n;
+}
+
+/* Tells the launcher to look at a database. */
+void
+chat_shmem_changed(Oid database)
+{
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	if (chat_shared->nchanged < CHAT_MAX_CHANGED)
+		chat_shared->changed[chat_shared->nchanged++] = database;
+	else
+		chat_shared->rescan = true;
+	LWLockRelease(chat_shared->lock);
+	wake_launcher();
+}
+
+/*
+ * Wakes the workers of a database, except the process itself; recheck = they
+ * shall look whether their jobs are still theirs.
+ */
+void
+chat_shmem_ring(Oid database, bool recheck)
+{
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+		uint32		proc = pg_atomic_read_u32(&slot->proc);
+
+		if (proc == 0 || slot == chat_slot ||
+			pg_atomic_read_u32(&slot->bell_database) != database)
+			continue;
+		if (recheck)
+			pg_atomic_write_u32(&slot->recheck, 1);
+		pg_memory_barrier();
+		SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
+	}
+}
+
+/* Rings when the current transaction has committed. */
+void
+chat_shmem_ring_at_commit(bool recheck)
+{
+	ring_wanted = true;
+	recheck_wanted |= recheck;
+}
+
+/* Has the launcher look at this database when the transaction committed. */
+void
+chat_shmem_check_at_commit(void)
+{
+	check_wanted = true;
+	ring_wanted = true;
+	recheck_wanted = true;
+}
+
+/* Returns the bucket of a task (its id is random). */
+static WaitBucket *
+bucket_of(const pg_uuid_t *task)
+{
+	return &buckets[task->data[15] % WAIT_BUCKETS];
+}
+
+/*
+ * Registers a reader.  What is committed after this is seen by
+ * chat_shmem_wait(); look at the tables between the two calls.
+ */
+uint64
+chat_shmem_wait_prepare(const pg_uuid_t *task)
+{
+	WaitBucket *bucket = bucket_of(task);
+
+	pg_atomic_fetch_add_u32(&bucket->readers, 1);
+	return pg_atomic_read_u64(&bucket->generation);
+}
+
+/* Ends what chat_shmem_wait_prepare() began. */
+void
+chat_shmem_wait_cancel(const pg_uuid_t *task)
+{
+	pg_atomic_fetch_sub_u32(&bucket_of(task)->readers, 1);
+}
+
+/*
+ * Sleeps until something of the task (or of one that shares its bucket) was
+ * committed after the given generation; false after timeout ms.
+ */
+bool
+chat_shmem_wait(const pg_uuid_t *task, uint64 seen, long timeout)
+{
+	WaitBucket *bucket = bucket_of(task);
+	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+												  timeout);
+	bool		moved;
+
+	ConditionVariablePrepareToSleep(&bucket->cv);
+	while (!(moved = pg_atomic_read_u64(&bucket->generation) != seen))
+	{
+		long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+														   end);
+
+		if (left <= 0)
+			break;
+		(void) ConditionVariableTimedSleep(&bucket->cv, left,
+										   chat_wait_event("ChatTask"));
+	}
+	ConditionVariableCancelSleep();
+	return moved;
+}
+
+/* Tells the readers of a task, if there are any, that it has moved. */
+void
+chat_shmem_publish(const pg_uuid_t *task)
+{
+	WaitBucket *bucket = bucket_of(task);
+
+	pg_memory_barrier();
+	if (pg_atomic_read_u32(&bucket->readers) == 0)
+		return;
+	pg_atomic_fetch_add_u64(&bucket->generation, 1);
+	ConditionVariableBroadcast(&bucket->cv);
+}

@@ -1,0 +1,98 @@
+/*
+ * shmem.h
+ *		What the processes of chat share: worker slots, the bell, and waiting
+ *		for the progress of a task.
+ */
+#ifndef CHAT_SHMEM_H
+#define CHAT_SHMEM_H
+
+#include "postgres.h"
+
+#include "port/atomics.h"
+#include "storage/lwlock.h"
+#include "utils/timestamp.h"
+#include "utils/uuid.h"
+
+typedef enum ChatSlotState
+{
+	CHAT_SLOT_FREE,				/* the launcher may use it */
+	CHAT_SLOT_STARTING,			/* a worker was registered, not yet there */
+	CHAT_SLOT_RUNNING,
+	CHAT_SLOT_EXITED			/* the launcher has not yet seen it */
+} ChatSlotState;
+
+/* How a worker ended, for the launcher. */
+typedef enum ChatSlotExit
+{
+	CHAT_EXIT_ERROR,			/* start again, with a growing delay */
+	CHAT_EXIT_STOPPED,			/* was asked to: start again soon */
+	CHAT_EXIT_ABSENT			/* the database has no extension */
+} ChatSlotExit;
+
+/* What a worker counts; only itself writes. */
+typedef struct ChatCounters
+{
+	pg_atomic_uint64 open_streams;
+	pg_atomic_uint64 limit;		/* streams that may be open */
+	pg_atomic_uint64 started;	/* requests sent */
+	pg_atomic_uint64 completed;
+	pg_atomic_uint64 failed;
+	pg_atomic_uint64 cancelled;
+	pg_atomic_uint64 retried;
+	pg_atomic_uint64 events;	/* rows written */
+	pg_atomic_uint64 flushes;
+	pg_atomic_uint64 unnotified;	/* events stored without a NOTIFY */
+	pg_atomic_uint64 bytes;		/* received from endpoints */
+} ChatCounters;
+
+/* One worker. Fields without an atomic are protected by ChatShared.lock. */
+typedef struct ChatSlot
+{
+	ChatSlotState state;
+	ChatSlotExit exit;
+	Oid			database;
+	int			pid;			/* 0 = not there */
+	int64		identity;		/* unique among all workers, ever */
+	TimestampTz started_at;
+	pg_atomic_uint32 proc;		/* its proc number + 1, 0 = none: read by the
+								 * commit callback without the lock */
+	pg_atomic_uint32 bell_database;	/* database, for the same reader */
+	pg_atomic_uint32 recheck;	/* jobs were changed or deleted by others */
+	pg_atomic_uint32 progress;	/* a tool has reported progress */
+	ChatCounters counters;
+} ChatSlot;
+
+#define CHAT_MAX_BLOCKED 64
+#define CHAT_MAX_CHANGED 64
+
+typedef struct ChatShared
+{
+	LWLock	   *lock;
+	int			launcher_pid;
+	pg_atomic_uint32 launcher_proc;	/* proc number + 1, 0 = none */
+	bool		rescan;			/* the launcher shall look at all databases */
+	int			nchanged;		/* or only at these */
+	Oid			changed[CHAT_MAX_CHANGED];
+	Oid			blocked[CHAT_MAX_BLOCKED];	/* no worker may be there */
+	int			nslots;
+	ChatSlot	slots[FLEXIBLE_ARRAY_MEMBER];
+} ChatShared;
+
+extern ChatShared *chat_shared; /* NULL without shared_preload_libraries */
+extern ChatSlot *chat_slot;		/* this process's, in a worker */
+
+extern void chat_shmem_init(void);
+extern void chat_shmem_require(void);
+extern void chat_shmem_attach(int slot, Oid database);
+extern void chat_shmem_set_exit(ChatSlotExit how);
+extern int	chat_shmem_live(Oid database, int64 *identities);
+extern void chat_shmem_changed(Oid database);
+extern void chat_shmem_ring(Oid database, bool recheck);
+extern void chat_shmem_ring_at_commit(bool recheck);
+extern void chat_shmem_check_at_commit(void);
+extern uint64 chat_shmem_wait_prepare(const pg_uuid_t *task);
+extern void chat_shmem_wait_cancel(const pg_uuid_t *task);
+extern bool chat_shmem_wait(const pg_uuid_t *task, uint64 seen, long timeout);
+extern void chat_shmem_publish(const pg_uuid_t *task);
+
+#endif							/* CHAT_SHMEM_H */
