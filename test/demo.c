@@ -1,0 +1,321 @@
+/*
+ * demo.c
+ *		Runs one turn as an application would, and shows it.
+ *
+ *	demo BASE_URL MODEL KEY_FILE MESSAGE
+ *
+ * The connection is libpq's default (PGHOST and so on).  KEY_FILE may be
+ * empty: no user mapping then.  Every statement is printed before it runs;
+ * the answer is printed as its notifications arrive, nothing else is read
+ * until it has ended.
+ */
+#include <poll.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <libpq-fe.h>
+
+static PGconn *conn;
+
+/* Escape sequences, empty where the output is not a terminal. */
+static const char *BOLD = "";
+static const char *DIM = "";
+static const char *BLUE = "";
+static const char *GREEN = "";
+static const char *RED = "";
+static const char *PLAIN = "";
+
+/* What is known of the turn while its events arrive. */
+typedef struct Turn
+{
+	double		called;			/* when the call had committed, ms */
+	double		first;			/* of the first piece of text, 0 = none yet */
+	double		ended;
+	int			pieces;
+	int			notifications;
+	bool		failed;
+} Turn;
+
+/* Ends the program with what went wrong. */
+static void
+die(const char *what)
+{
+	fprintf(stderr, "%sdemo: %s: %s%s", RED, what, PQerrorMessage(conn),
+			PLAIN);
+	exit(1);
+}
+
+/* Returns the monotonic clock in milliseconds. */
+static double
+now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1e3 + ts.tv_nsec / 1e6;
+}
+
+/* Turns colours on for a terminal. */
+static void
+colours(void)
+{
+	const char *term = getenv("TERM");
+
+	if (!isatty(STDOUT_FILENO) || getenv("NO_COLOR") != NULL ||
+		term == NULL || strcmp(term, "dumb") == 0)
+		return;
+	BOLD = "\033[1m";
+	DIM = "\033[2m";
+	BLUE = "\033[34m";
+	GREEN = "\033[32m";
+	RED = "\033[31m";
+	PLAIN = "\033[0m";
+}
+
+/* Prints a heading. */
+static void
+heading(const char *text)
+{
+	printf("\n%s-- %s%s\n", BOLD, text, PLAIN);
+}
+
+/* Prints a statement as psql shows it, later lines indented. */
+static void
+show(const char *sql)
+{
+	printf("%schat=#%s %s", DIM, PLAIN, BLUE);
+	for (; *sql; sql++)
+	{
+		putchar(*sql);
+		if (*sql == '\n')
+			fputs("       ", stdout);
+	}
+	printf("%s\n", PLAIN);
+	fflush(stdout);
+}
+
+/* Runs a statement without a word. */
+static PGresult *
+run(const char *sql)
+{
+	PGresult   *res = PQexec(conn, sql);
+
+	if (PQresultStatus(res) != PGRES_COMMAND_OK &&
+		PQresultStatus(res) != PGRES_TUPLES_OK)
+		die(sql);
+	return res;
+}
+
+/* Builds a statement; "%s" arguments have to be quoted already. */
+static char *
+format(const char *fmt,...)
+{
+	va_list		args;
+	char	   *sql;
+
+	va_start(args, fmt);
+	if (vasprintf(&sql, fmt, args) < 0)
+		exit(1);
+	va_end(args);
+	return sql;
+}
+
+/* Returns a string as an SQL literal. */
+static char *
+literal(const char *s)
+{
+	char	   *quoted = PQescapeLiteral(conn, s, strlen(s));
+
+	if (quoted == NULL)
+		die("cannot quote");
+	return quoted;
+}
+
+/* Shows and runs a statement and shows its command tag. */
+static void
+command(const char *sql)
+{
+	PGresult   *res;
+
+	show(sql);
+	res = run(sql);
+	printf("%s\n", PQcmdStatus(res));
+	PQclear(res);
+}
+
+/* Shows and runs a query and prints its rows. */
+static PGresult *
+query(const char *sql)
+{
+	PQprintOpt	opt = {.header = 1,.align = 1,.fieldSep = "|"};
+	PGresult   *res;
+
+	show(sql);
+	res = run(sql);
+	PQprint(stdout, res, &opt);
+	return res;
+}
+
+/* Creates the extension, the endpoint and its key. */
+static void
+install(const char *base_url, const char *model, const char *key_file)
+{
+	heading("once: the extension, and where the model is");
+	command("CREATE EXTENSION chat;");
+	command(format("CREATE SERVER demo FOREIGN DATA WRAPPER chat_llm\n"
+				   "OPTIONS (base_url %s, model %s);",
+				   literal(base_url), literal(model)));
+	if (*key_file)
+		command(format("CREATE USER MAPPING FOR PUBLIC SERVER demo\n"
+					   "OPTIONS (api_key_file %s);", literal(key_file)));
+}
+
+/*
+ * Returns the member's value of a flat JSON object, decoded by the server,
+ * or NULL.
+ */
+static char *
+member(const char *json, const char *name)
+{
+	const char *values[2] = {json, name};
+	PGresult   *res = PQexecParams(conn, "SELECT $1::jsonb ->> $2", 2, NULL,
+								   values, NULL, NULL, 0);
+	char	   *value = NULL;
+
+	if (PQresultStatus(res) != PGRES_TUPLES_OK)
+		die("unexpected event");
+	if (!PQgetisnull(res, 0, 0))
+		value = strdup(PQgetvalue(res, 0, 0));
+	PQclear(res);
+	return value;
+}
+
+/* Shows one event of the stream; true when it was the last. */
+static bool
+show_event(const char *payload, Turn *turn)
+{
+	double		arrived = now_ms();
+	char	   *type = member(payload, "type");
+	bool		last = false;
+
+	turn->notifications++;
+	if (type == NULL)
+		return false;
+	if (strcmp(type, "text-delta") == 0)
+	{
+		char	   *delta = member(payload, "delta");
+
+		if (turn->first == 0)
+			turn->first = arrived;
+		turn->pieces++;
+		printf("%s%s%s", GREEN, delta ? delta : "", PLAIN);
+		free(delta);
+	}
+	else if (strcmp(type, "error") == 0)
+	{
+		char	   *text = member(payload, "errorText");
+
+		printf("%s%s%s", RED, text ? text : payload, PLAIN);
+		turn->failed = true;
+		free(text);
+	}
+	else if (strcmp(type, "finish") == 0 || strcmp(type, "abort") == 0)
+		last = true;
+	fflush(stdout);
+	free(type);
+	return last;
+}
+
+/* Prints the answer while it arrives. */
+static void
+follow(Turn *turn)
+{
+	bool		last = false;
+
+	while (!last)
+	{
+		PGnotify   *note = PQnotifies(conn);
+
+		if (note != NULL)
+		{
+			last = show_event(note->extra, turn);
+			PQfreemem(note);
+			continue;
+		}
+		if (poll(&(struct pollfd) {.fd = PQsocket(conn),.events = POLLIN}, 1,
+				 -1) < 0 || !PQconsumeInput(conn))
+			die("connection lost");
+	}
+	turn->ended = now_ms();
+	printf("\n");
+}
+
+/* Shows what is stored and how long it took. */
+static void
+epilogue(const char *session, const char *task, const Turn *turn)
+{
+	char	   *id = literal(session);
+
+	heading("what is stored");
+	PQclear(query(format("SELECT sequence, role,\n"
+						 "       left(content, 40) || CASE WHEN length(content) > 40"
+						 " THEN ' ...' ELSE '' END AS content\n"
+						 "FROM chat.get_chat_messages(session_id => %s);",
+						 id)));
+	PQclear(query(format("SELECT status, steps, prompt_tokens,"
+						 " completion_tokens\n"
+						 "FROM chat.chat_task WHERE id = %s;",
+						 literal(task))));
+	printf("%s%d notifications, %d pieces of text", DIM, turn->notifications,
+		   turn->pieces);
+	if (turn->first != 0)
+		printf("; first token %.1f ms after the call, all after %.0f ms",
+			   turn->first - turn->called, turn->ended - turn->called);
+	printf("%s\n", PLAIN);
+}
+
+int
+main(int argc, char **argv)
+{
+	Turn		turn = {0};
+	PGresult   *res;
+	char	   *session;
+	char	   *task;
+
+	if (argc != 5)
+	{
+		fprintf(stderr, "usage: demo BASE_URL MODEL KEY_FILE MESSAGE\n");
+		return 2;
+	}
+	colours();
+	conn = PQconnectdb("application_name=demo");
+	if (PQstatus(conn) != CONNECTION_OK)
+		die("cannot connect");
+	install(argv[1], argv[2], argv[3]);
+
+	heading("a session, and a listener on its channel");
+	res = query("SELECT id, channel\nFROM chat.create_chat_session"
+				"(user_id => 'ada', server => 'demo');");
+	session = strdup(PQgetvalue(res, 0, 0));
+	command(format("LISTEN %s;", PQgetvalue(res, 0, 1)));
+	PQclear(res);
+
+	heading("the call: it returns at once, a background worker does the rest");
+	res = query(format("SELECT chat.stream_chat_completion(session_id => %s,\n"
+					   "message => %s) AS task;",
+					   literal(session), literal(argv[4])));
+	turn.called = now_ms();
+	task = strdup(PQgetvalue(res, 0, 0));
+	PQclear(res);
+
+	heading("the answer, as its notifications arrive");
+	follow(&turn);
+	epilogue(session, task, &turn);
+	PQfinish(conn);
+	return turn.failed ? 1 : 0;
+}
