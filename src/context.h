@@ -1,0 +1,30 @@
+/*
+ * context.h
+ *		Conversation to request: the stored messages as the provider takes
+ *		them.
+ */
+#ifndef CHAT_CONTEXT_H
+#define CHAT_CONTEXT_H
+
+#include "postgres.h"
+
+#include "provider.h"
+
+/* what chat_context_row() reads, of chat.chat_message AS m */
+#define CHAT_CONTEXT_COLUMNS \
+	" m.role, m.content, m.name, m.tool_call_id, m.refusal," \
+	" m.parts::text, m.tool_calls::text, m.function_call::text," \
+	" CASE pg_catalog.jsonb_typeof(m.metadata -> 'reasoning_details')" \
+	" WHEN 'array' THEN (m.metadata -> 'reasoning_details')::text END," \
+	" CASE pg_catalog.jsonb_typeof(m.metadata -> 'context')" \
+	" WHEN 'object' THEN (m.metadata -> 'context')::text END," \
+	" COALESCE(m.metadata @> '{\"interrupted\": true}', false) "
+#define CHAT_CONTEXT_NCOLUMNS 11
+
+/*
+ * Reads CHAT_CONTEXT_COLUMNS of a row of the last statement, the first of
+ * them at column first.  The texts are palloc'ed.
+ */
+extern void chat_context_row(ChatMessage *message, uint64 row, int first);
+
+#endif							/* CHAT_CONTEXT_H */

@@ -1,0 +1,26 @@
+/*
+ * session.h
+ *		The data functions: what other modules use of them.
+ */
+#ifndef CHAT_SESSION_H
+#define CHAT_SESSION_H
+
+#include "postgres.h"
+
+#include "utils/jsonb.h"
+#include "utils/uuid.h"
+
+/*
+ * Raises an error (22023) unless all members are settings that a session
+ * may have, of the right type and in range.
+ */
+extern void chat_session_check_settings(Jsonb *settings);
+
+/*
+ * Raises P0002 (no_data_found).  A session that the caller may not see and
+ * one that does not exist are the same.  id may be NULL.
+ */
+extern void chat_session_missing(const pg_uuid_t *id)
+			pg_attribute_noreturn();
+
+#endif							/* CHAT_SESSION_H */
