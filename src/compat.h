@@ -41,6 +41,15 @@
 #define CHAT_MODULE_MAGIC PG_MODULE_MAGIC
 #endif
 
+#if PG_VERSION_NUM >= 160000
+#define chat_server_usable(server, role) \
+	(object_aclcheck(ForeignServerRelationId, (server), (role), \
+					 ACL_USAGE) == ACLCHECK_OK)
+#else
+#define chat_server_usable(server, role) \
+	(pg_foreign_server_aclcheck((server), (role), ACL_USAGE) == ACLCHECK_OK)
+#endif
+
 #endif							/* !FRONTEND */
 
 #endif							/* CHAT_COMPAT_H */

@@ -81,6 +81,13 @@ extern char *chat_server_expand_body(const ChatServer *server,
 									 const char *session_id,
 									 const char *task_id);
 
+/*
+ * The headers of a request, "Name: value" each; returns how many.  They hold
+ * the key: wipe them like it.
+ */
+extern int	chat_server_headers(const ChatServer *server, const char *key,
+								char ***headers);
+
 /* A copy of text without the key (may be NULL) or anything like one. */
 extern char *chat_server_redact(const char *text, const char *key);
 
