@@ -127,9 +127,19 @@ CREATE TABLE chat.chat_job (
 	-- the database's own OID: a copy of the database runs nothing
 	database oid NOT NULL,
 	priority smallint NOT NULL DEFAULT 0,
-	run_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	-- not before this time: a retry's; at once otherwise
+	run_at timestamptz NOT NULL DEFAULT '-infinity',
 	attempts integer NOT NULL DEFAULT 0,
 	crashes integer NOT NULL DEFAULT 0,
+	-- somebody wants the task to end
+	cancel boolean NOT NULL DEFAULT false,
+	-- what the listeners saw of the last attempt is void
+	reset boolean NOT NULL DEFAULT false,
+	-- its holder died: the task starts a new run
+	rerun boolean NOT NULL DEFAULT false,
+	-- number of the last event, when no new run starts
+	last_seq bigint NOT NULL DEFAULT 0,
 	-- identity of the worker that holds it
 	holder bigint,
 	-- fencing: grows with every claim, each write of the holder checks it
@@ -213,6 +223,36 @@ ALTER TABLE chat.chat_job ENABLE ALWAYS TRIGGER ring;
 --
 -- Endpoints
 --
+-- A wrapper without a handler: its servers hold no tables, they say where
+-- requests go, and their user mappings which key is sent.
+--
+
+CREATE FUNCTION chat.chat_llm_validator(options text[], catalog oid)
+	RETURNS void
+	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'chat_llm_validator';
+COMMENT ON FUNCTION chat.chat_llm_validator(text[], oid) IS
+	'checks the options of servers and user mappings of wrapper chat_llm';
+CREATE FOREIGN DATA WRAPPER chat_llm VALIDATOR chat.chat_llm_validator;
+COMMENT ON FOREIGN DATA WRAPPER chat_llm IS
+	'LLM endpoints that speak the OpenAI chat completions API';
+
+CREATE FUNCTION chat.test_server(server name,
+	OUT ok boolean, OUT latency_ms double precision,
+	OUT first_token_ms double precision, OUT model text,
+	OUT streaming boolean, OUT usage boolean,
+	OUT error_code text, OUT error text)
+	LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+	AS 'MODULE_PATHNAME', 'chat_test_server';
+COMMENT ON FUNCTION chat.test_server(name) IS
+	'asks a server for one token with the key of the current role, and says how it answered';
+
+CREATE FUNCTION chat.check_installation(
+	OUT item text, OUT ok boolean, OUT detail text, OUT cure text)
+	RETURNS SETOF record
+	LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+	AS 'MODULE_PATHNAME', 'chat_check_installation';
+COMMENT ON FUNCTION chat.check_installation() IS
+	'lists what chat needs to work, and the line that cures what is wrong';
 
 --
 -- Runtime

@@ -1,0 +1,489 @@
+/*
+ * queue.c
+ *		All SQL of the job table, and of the tasks that its jobs carry.
+ *
+ * Owns the statements; the rows protect themselves: a job is taken with
+ * FOR UPDATE SKIP LOCKED, belongs to the worker whose identity stands in
+ * holder, and every write of the holder names the epoch of its claim.  Who
+ * lives is known exactly from shared memory, so a job held by somebody else
+ * is an orphan, whatever its age.
+ *
+ * A session's row is locked before anything of the session is written, by
+ * all of its writers: that orders the messages.  Here never more than for
+ * one of our short transactions, and never waited for.
+ */
+#include "postgres.h"
+
+#include "access/xlog.h"
+#include "catalog/pg_type.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+
+#include "db.h"
+#include "queue.h"
+
+/* runs of one timeline; see P3 in the README */
+#define RUNS_PER_TIMELINE 256
+
+/*
+ * $1 holder, $2 limit, $3 database, $4 first run of this timeline
+ *
+ * The queued message becomes a message here: it takes its sequence when its
+ * turn starts.
+ */
+CHAT_STMT(claim_jobs,
+		  "WITH picked AS MATERIALIZED ("
+		  " SELECT j.id, j.session_id, j.task_id, j.rerun, s.next_sequence,"
+		  "  s.channel, s.user_id, s.settings"
+		  " FROM chat.chat_job AS j"
+		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " WHERE j.holder IS NULL AND j.database = $3 AND j.run_at <= now()"
+		  " ORDER BY j.priority, j.run_at, j.id LIMIT $2"
+		  " FOR UPDATE OF j SKIP LOCKED"
+		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
+		  "), old AS MATERIALIZED ("
+		  " SELECT p.*, t.run, t.input, t.message_id, t.slot AS old_slot,"
+		  "  (p.rerun OR t.run < $4) AS new_run,"
+		  "  (SELECT e.slot FROM chat.chat_event_slot AS e"
+		  "   ORDER BY e.opened_at DESC LIMIT 1) AS open_slot"
+		  " FROM picked AS p JOIN chat.chat_task AS t ON t.id = p.task_id"
+		  "), job AS ("
+		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
+		  "  attempts = j.attempts + 1, reset = false, rerun = false"
+		  " FROM old AS o WHERE j.id = o.id"
+		  " RETURNING j.id, j.epoch, j.owner, j.attempts, j.crashes, j.cancel,"
+		  "  j.last_seq"
+		  "), task AS ("
+		  " UPDATE chat.chat_task AS t SET status = 'running', input = NULL,"
+		  "  started_at = COALESCE(t.started_at, now()),"
+		  "  slot = COALESCE(o.old_slot, o.open_slot),"
+		  "  run = CASE WHEN o.new_run THEN GREATEST(t.run + 1, $4)"
+		  "   ELSE t.run END"
+		  " FROM old AS o WHERE t.id = o.task_id"
+		  " RETURNING t.id, t.run, t.slot, t.answer_id, t.server, t.options"
+		  "), message AS ("
+		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
+		  "  content, task_id, metadata)"
+		  " SELECT o.session_id, o.next_sequence,"
+		  "  COALESCE(o.message_id, gen_random_uuid()), o.input->>'role',"
+		  "  o.input->>'content', o.task_id,"
+		  "  COALESCE(o.input->'metadata', '{}')"
+		  " FROM old AS o WHERE o.input IS NOT NULL"
+		  "), session AS ("
+		  " UPDATE chat.chat_session AS s"
+		  " SET next_sequence = s.next_sequence + 1, updated_at = now()"
+		  " FROM old AS o WHERE s.id = o.session_id AND o.input IS NOT NULL)"
+		  " SELECT j.id, j.epoch, o.session_id, o.task_id, t.answer_id,"
+		  "  j.owner, j.attempts, j.crashes, o.run < 0,"
+		  "  j.cancel, t.run, j.last_seq, t.slot, o.channel::text,"
+		  "  t.server::text, o.user_id, (o.settings || t.options)::text,"
+		  "  o.new_run, p.reset"
+		  " FROM old AS o JOIN job AS j ON j.id = o.id"
+		  " JOIN task AS t ON t.id = o.task_id"
+		  " JOIN chat.chat_job AS p ON p.id = o.id"
+		  " ORDER BY j.id",
+		  INT8OID, INT4OID, OIDOID, INT4OID);
+
+/* $1 database: what is due and unclaimed, and when the next one is due */
+CHAT_STMT(queue_rest,
+		  "SELECT count(*) FILTER (WHERE run_at <= now()),"
+		  " min(run_at) FILTER (WHERE run_at > now())"
+		  " FROM chat.chat_job WHERE holder IS NULL AND database = $1",
+		  OIDOID);
+
+/* $1 sessions: locks those that nobody else has locked */
+CHAT_STMT(lock_sessions,
+		  "SELECT id FROM chat.chat_session WHERE id = ANY($1) ORDER BY id"
+		  " FOR NO KEY UPDATE SKIP LOCKED",
+		  UUIDARRAYOID);
+
+/*
+ * $1 holder, $2 database, then arrays: $3 job, $4 epoch, $5 session, $6 task,
+ * $7 status, $8 error, $9 has message, $10 answer id, $11 content,
+ * $12 refusal, $13 tool calls, $14 function call, $15 metadata,
+ * $16 prompt tokens, $17 completion tokens, $18 usage
+ *
+ * P2: message, usage, terminal state, removal of the job and the next task's
+ * job are one statement; the terminal event joins it in the transaction.
+ */
+CHAT_STMT(finish_jobs,
+		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
+		  "  unnest($3), unnest($4), unnest($5), unnest($6), unnest($7),"
+		  "  unnest($8), unnest($9), unnest($10), unnest($11), unnest($12),"
+		  "  unnest($13), unnest($14), unnest($15), unnest($16), unnest($17),"
+		  "  unnest($18)) AS u (job, epoch, session, task, status, error,"
+		  "  has_message, answer, content, refusal, tool_calls,"
+		  "  function_call, metadata, prompt, completion, usage)"
+		  "), gone AS ("
+		  " DELETE FROM chat.chat_job AS j USING e"
+		  " WHERE j.id = e.job AND j.epoch = e.epoch AND j.holder = $1"
+		  " RETURNING j.id"
+		  "), ok AS MATERIALIZED ("
+		  " SELECT e.*, s.next_sequence, s.owner"
+		  " FROM e JOIN gone ON gone.id = e.job"
+		  " JOIN chat.chat_session AS s ON s.id = e.session"
+		  "), message AS ("
+		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
+		  "  content, refusal, tool_calls, function_call, task_id, metadata)"
+		  " SELECT session, next_sequence, answer, 'assistant', content,"
+		  "  refusal, tool_calls::jsonb, function_call::jsonb, task,"
+		  "  metadata::jsonb FROM ok WHERE has_message"
+		  "), session AS ("
+		  " UPDATE chat.chat_session AS s"
+		  " SET next_sequence = s.next_sequence + ok.has_message::int,"
+		  "  total_prompt_tokens = s.total_prompt_tokens + ok.prompt,"
+		  "  total_completion_tokens"
+		  "   = s.total_completion_tokens + ok.completion,"
+		  "  updated_at = now()"
+		  " FROM ok WHERE s.id = ok.session"
+		  "), task AS ("
+		  " UPDATE chat.chat_task AS t SET status = ok.status,"
+		  "  error = ok.error::jsonb, finished_at = now(),"
+		  "  steps = t.steps + 1,"
+		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
+		  "  completion_tokens = t.completion_tokens + ok.completion,"
+		  "  usage = COALESCE(ok.usage::jsonb, t.usage)"
+		  " FROM ok WHERE t.id = ok.task"
+		  "), next AS ("
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
+		  "  database)"
+		  " SELECT 'completion', ok.session, q.id, ok.owner, $2"
+		  " FROM ok CROSS JOIN LATERAL (SELECT t.id FROM chat.chat_task AS t"
+		  "  WHERE t.session_id = ok.session AND t.status = 'queued'"
+		  "  ORDER BY t.place LIMIT 1) AS q)"
+		  " SELECT job FROM ok",
+		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, UUIDARRAYOID,
+		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
+		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID,
+		  TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID, INT8ARRAYOID,
+		  TEXTARRAYOID);
+
+/*
+ * $1 holder, then arrays: $2 job, $3 epoch, $4 run at, $5 reset, $6 last seq,
+ * $7 attempts to give back.  Does not wait for a row that is locked: whoever
+ * deletes a session does, and then the job is gone anyway.
+ */
+CHAT_STMT(release_jobs,
+		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
+		  "  unnest($2), unnest($3), unnest($4), unnest($5), unnest($6),"
+		  "  unnest($7)) AS u (job, epoch, run_at, reset, last_seq, refund)"
+		  "), mine AS ("
+		  " SELECT j.id FROM chat.chat_job AS j JOIN e ON e.job = j.id"
+		  "  AND e.epoch = j.epoch WHERE j.holder = $1"
+		  " FOR UPDATE OF j SKIP LOCKED)"
+		  " UPDATE chat.chat_job AS j SET holder = NULL, run_at = e.run_at,"
+		  "  reset = e.reset, last_seq = e.last_seq,"
+		  "  attempts = j.attempts - e.refund"
+		  " FROM e JOIN mine ON mine.id = e.job WHERE j.id = e.job"
+		  " RETURNING j.id",
+		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, TIMESTAMPTZARRAYOID,
+		  BOOLARRAYOID, INT8ARRAYOID, INT4ARRAYOID);
+
+/* $1 database, $2 identities of the living */
+CHAT_STMT(adopt_orphans,
+		  "UPDATE chat.chat_job SET holder = NULL, crashes = crashes + 1,"
+		  " rerun = true, reset = true, run_at = '-infinity'"
+		  " WHERE database = $1 AND holder IS NOT NULL"
+		  " AND holder <> ALL ($2)",
+		  OIDOID, INT8ARRAYOID);
+
+/* $1 holder */
+CHAT_STMT(held_jobs,
+		  "SELECT id, epoch, cancel FROM chat.chat_job WHERE holder = $1",
+		  INT8OID);
+
+/* $1 holder */
+CHAT_STMT(count_held,
+		  "SELECT count(*), COALESCE(sum(epoch), 0)::bigint"
+		  " FROM chat.chat_job WHERE holder = $1",
+		  INT8OID);
+
+/* Reads one row of claim_jobs. */
+static void
+read_job(ChatJob *job, uint64 row)
+{
+	int64		run = chat_db_int32(row, 11, 0);
+	bool		new_run = chat_db_bool(row, 18);
+
+	job->id = chat_db_int64(row, 1, 0);
+	job->epoch = chat_db_int64(row, 2, 0);
+	job->session = chat_db_uuid(row, 3);
+	job->task = chat_db_uuid(row, 4);
+	job->answer = chat_db_uuid(row, 5);
+	job->owner = chat_db_oid(row, 6);
+	job->attempts = chat_db_int32(row, 7, 0);
+	job->crashes = chat_db_int32(row, 8, 0);
+	job->first = chat_db_bool(row, 9);
+	job->cancel = chat_db_bool(row, 10);
+	job->seq = new_run ? run << 32 : chat_db_int64(row, 12, 0);
+	job->slot = DatumGetInt16(chat_db_datum(row, 13, &(bool) {false}));
+	job->channel = chat_db_text(row, 14);
+	job->server = chat_db_text(row, 15);
+	job->user_id = chat_db_text(row, 16);
+	job->settings = chat_db_text(row, 17);
+	job->reset = !job->first && (new_run || chat_db_bool(row, 19));
+}
+
+/* Says what of the queue is left. */
+static void
+read_rest(ChatQueueRest *rest, bool limited)
+{
+	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
+	bool		isnull;
+	Datum		next;
+	int64		due;
+
+	chat_db_exec(&queue_rest, values, NULL);
+	due = chat_db_int64(0, 1, 0);
+	rest->more = due > 0 && limited;
+	rest->skipped = due > 0 && !limited;
+	next = chat_db_datum(0, 2, &isnull);
+	rest->next_run = isnull ? DT_NOEND : DatumGetTimestampTz(next);
+}
+
+/*
+ * Takes up to limit due jobs; returns how many.  The array is allocated in
+ * the SPI context.
+ */
+int
+chat_queue_claim(int64 holder, int limit, ChatJob **jobs, ChatQueueRest *rest)
+{
+	Datum		values[4];
+	int			n;
+
+	values[0] = Int64GetDatum(holder);
+	values[1] = Int32GetDatum(limit);
+	values[2] = ObjectIdGetDatum(MyDatabaseId);
+	values[3] = Int32GetDatum((GetWALInsertionTimeLine() - 1) *
+							  RUNS_PER_TIMELINE);
+	n = (int) chat_db_exec(&claim_jobs, values, NULL);
+	*jobs = palloc0(sizeof(ChatJob) * Max(n, 1));
+	for (int i = 0; i < n; i++)
+		read_job(&(*jobs)[i], i);
+	read_rest(rest, n == limit);
+	return n;
+}
+
+/* Columns of arrays that become parameters. */
+typedef struct ArrayParam
+{
+	Oid			type;
+	int			len;
+	bool		byval;
+	char		align;
+} ArrayParam;
+
+static const ArrayParam int8_param = {INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
+static const ArrayParam int4_param = {INT4OID, 4, true, TYPALIGN_INT};
+static const ArrayParam bool_param = {BOOLOID, 1, true, TYPALIGN_CHAR};
+static const ArrayParam text_param = {TEXTOID, -1, false, TYPALIGN_INT};
+static const ArrayParam uuid_param = {UUIDOID, UUID_LEN, false, TYPALIGN_CHAR};
+static const ArrayParam time_param = {TIMESTAMPTZOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
+
+/* Builds an array parameter; nulls may be NULL. */
+static Datum
+make_array(const ArrayParam *p, Datum *values, bool *nulls, int n)
+{
+	int			lower = 1;
+
+	return PointerGetDatum(construct_md_array(values, nulls, 1, &n, &lower,
+											  p->type, p->len, p->byval,
+											  p->align));
+}
+
+/* Builds a text[] of C strings, NULL = SQL NULL. */
+static Datum
+make_texts(const char **texts, int n)
+{
+	Datum	   *values = palloc(sizeof(Datum) * n);
+	bool	   *nulls = palloc(sizeof(bool) * n);
+
+	for (int i = 0; i < n; i++)
+	{
+		nulls[i] = texts[i] == NULL;
+		values[i] = nulls[i] ? (Datum) 0 : CStringGetTextDatum(texts[i]);
+	}
+	return make_array(&text_param, values, nulls, n);
+}
+
+/* Builds an array parameter from one expression per end. */
+#define ENDS_ARRAY(param, expression) \
+	do { \
+		for (int i = 0; i < n; i++) \
+		{ \
+			const ChatEnd *e = ends[i]; \
+			values[i] = (expression); \
+		} \
+		params[at++] = make_array(param, values, NULL, n); \
+	} while (0)
+
+#define ENDS_TEXTS(expression) \
+	do { \
+		for (int i = 0; i < n; i++) \
+		{ \
+			const ChatEnd *e = ends[i]; \
+			texts[i] = (expression); \
+		} \
+		params[at++] = make_texts(texts, n); \
+	} while (0)
+
+static const char *const status_names[] = {
+	[CHAT_END_COMPLETED] = "completed",
+	[CHAT_END_FAILED] = "failed",
+	[CHAT_END_CANCELLED] = "cancelled",
+};
+
+/* Keeps in ends[] only those whose session could be locked. */
+static int
+lock_ends(ChatEnd **ends, int n, ChatEnd **locked)
+{
+	Datum	   *values = palloc(sizeof(Datum) * n);
+	Datum		params[1];
+	uint64		got;
+	int			nlocked = 0;
+
+	for (int i = 0; i < n; i++)
+		values[i] = UUIDPGetDatum(&ends[i]->job->session);
+	params[0] = make_array(&uuid_param, values, NULL, n);
+	got = chat_db_exec(&lock_sessions, params, NULL);
+	if (got == n)
+	{
+		memcpy(locked, ends, sizeof(ChatEnd *) * n);
+		return n;
+	}
+	for (int i = 0; i < n; i++)
+	{
+		for (uint64 row = 0; row < got; row++)
+		{
+			pg_uuid_t	id = chat_db_uuid(row, 1);
+
+			if (memcmp(&id, &ends[i]->job->session, UUID_LEN) == 0)
+			{
+				locked[nlocked++] = ends[i];
+				break;
+			}
+		}
+	}
+	return nlocked;
+}
+
+/* Marks the ends whose job id the last statement returned. */
+static void
+mark_stored(ChatEnd **ends, int n)
+{
+	uint64		rows = SPI_processed;
+
+	for (uint64 row = 0; row < rows; row++)
+	{
+		int64		id = chat_db_int64(row, 1, 0);
+
+		for (int i = 0; i < n; i++)
+			if (ends[i]->job->id == id)
+				ends[i]->ok = true;
+	}
+}
+
+/*
+ * Ends tasks: of the given ends those get ok whose job was still ours.  The
+ * sessions that somebody holds locked are left out, as sessions without a
+ * trace: the caller tells them by looking at chat_queue_held() later.
+ */
+void
+chat_queue_finish(int64 holder, ChatEnd **all, int nall)
+{
+	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
+	int			n = lock_ends(all, nall, ends);
+	Datum	   *values = palloc(sizeof(Datum) * nall);
+	const char **texts = palloc(sizeof(char *) * nall);
+	Datum		params[18];
+	int			at = 0;
+
+	if (n == 0)
+		return;
+	params[at++] = Int64GetDatum(holder);
+	params[at++] = ObjectIdGetDatum(MyDatabaseId);
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->id));
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->epoch));
+	ENDS_ARRAY(&uuid_param, UUIDPGetDatum(&e->job->session));
+	ENDS_ARRAY(&uuid_param, UUIDPGetDatum(&e->job->task));
+	ENDS_TEXTS(status_names[e->kind]);
+	ENDS_TEXTS(e->error);
+	ENDS_ARRAY(&bool_param, BoolGetDatum(e->has_message));
+	ENDS_ARRAY(&uuid_param, UUIDPGetDatum(&e->job->answer));
+	ENDS_TEXTS(e->content);
+	ENDS_TEXTS(e->refusal);
+	ENDS_TEXTS(e->tool_calls);
+	ENDS_TEXTS(e->function_call);
+	ENDS_TEXTS(e->metadata);
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->prompt_tokens));
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->completion_tokens));
+	ENDS_TEXTS(e->usage);
+	chat_db_exec(&finish_jobs, params, NULL);
+	mark_stored(ends, n);
+}
+
+/* Gives jobs back to the queue: to be tried again, or as if never taken. */
+void
+chat_queue_release(int64 holder, ChatEnd **ends, int n)
+{
+	Datum	   *values = palloc(sizeof(Datum) * n);
+	Datum		params[7];
+	int			at = 0;
+
+	params[at++] = Int64GetDatum(holder);
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->id));
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->epoch));
+	ENDS_ARRAY(&time_param, TimestampTzGetDatum(e->run_at));
+	ENDS_ARRAY(&bool_param, BoolGetDatum(e->reset));
+	ENDS_ARRAY(&int8_param, Int64GetDatum(e->last_seq));
+	ENDS_ARRAY(&int4_param, Int32GetDatum(e->kind == CHAT_END_GIVE_BACK));
+	chat_db_exec(&release_jobs, params, NULL);
+	mark_stored(ends, n);
+}
+
+/* Frees the jobs whose holder does not live; returns how many. */
+int
+chat_queue_adopt(const int64 *live, int nlive)
+{
+	Datum	   *values = palloc(sizeof(Datum) * Max(nlive, 1));
+	Datum		params[2];
+
+	for (int i = 0; i < nlive; i++)
+		values[i] = Int64GetDatum(live[i]);
+	params[0] = ObjectIdGetDatum(MyDatabaseId);
+	params[1] = make_array(&int8_param, values, NULL, nlive);
+	return (int) chat_db_exec(&adopt_orphans, params, NULL);
+}
+
+/* Lists the jobs that are ours in the table; returns how many. */
+int
+chat_queue_held(int64 holder, int64 **ids, int64 **epochs, bool **cancels)
+{
+	Datum		params[1] = {Int64GetDatum(holder)};
+	int			n = (int) chat_db_exec(&held_jobs, params, NULL);
+
+	*ids = palloc(sizeof(int64) * Max(n, 1));
+	*epochs = palloc(sizeof(int64) * Max(n, 1));
+	*cancels = palloc(sizeof(bool) * Max(n, 1));
+	for (int i = 0; i < n; i++)
+	{
+		(*ids)[i] = chat_db_int64(i, 1, 0);
+		(*epochs)[i] = chat_db_int64(i, 2, 0);
+		(*cancels)[i] = chat_db_bool(i, 3);
+	}
+	return n;
+}
+
+/*
+ * True if the table holds exactly our jobs: the fence of a flush of deltas,
+ * one scan of a small table instead of a probe for each stream.
+ */
+bool
+chat_queue_intact(int64 holder, int64 count, int64 epochs)
+{
+	Datum		params[1] = {Int64GetDatum(holder)};
+
+	chat_db_exec(&count_held, params, NULL);
+	return chat_db_int64(0, 1, -1) == count &&
+		chat_db_int64(0, 2, -1) == epochs;
+}

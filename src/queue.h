@@ -1,0 +1,87 @@
+/*
+ * queue.h
+ *		The job table: claim, finish, retry, give back, orphans.
+ *
+ * Everything works on arrays of jobs and costs a handful of statements,
+ * however many jobs there are.  Each runs in the caller's transaction.
+ */
+#ifndef CHAT_QUEUE_H
+#define CHAT_QUEUE_H
+
+#include "postgres.h"
+
+#include "utils/timestamp.h"
+#include "utils/uuid.h"
+
+/* A claimed job and what its session and task say. */
+typedef struct ChatJob
+{
+	int64		id;
+	int64		epoch;
+	pg_uuid_t	session;
+	pg_uuid_t	task;
+	pg_uuid_t	answer;			/* id of the assistant message to come */
+	Oid			owner;
+	int			attempts;		/* with this one */
+	int			crashes;
+	bool		first;			/* the task's first claim ever */
+	bool		reset;			/* listeners saw something that is void now */
+	bool		cancel;
+	int64		seq;			/* of the last event */
+	int16		slot;
+	char	   *channel;
+	char	   *server;
+	char	   *user_id;		/* NULL = anonymous */
+	char	   *settings;		/* session's, with the task's options over it */
+} ChatJob;
+
+typedef enum ChatEndKind
+{
+	CHAT_END_COMPLETED,
+	CHAT_END_FAILED,
+	CHAT_END_CANCELLED,
+	CHAT_END_RETRY,				/* the job goes back, to run later */
+	CHAT_END_GIVE_BACK			/* the job goes back, the attempt never was */
+} ChatEndKind;
+
+/* How an attempt at a job ended, and what it leaves. */
+typedef struct ChatEnd
+{
+	const ChatJob *job;
+	ChatEndKind kind;
+	bool		ok;				/* out: stored; the job was still ours */
+	/* CHAT_END_RETRY, CHAT_END_GIVE_BACK */
+	TimestampTz run_at;
+	bool		reset;
+	int64		last_seq;
+	/* the others */
+	const char *error;			/* JSON object or NULL */
+	bool		has_message;
+	const char *content;		/* text or NULL, each */
+	const char *refusal;
+	const char *tool_calls;		/* JSON */
+	const char *function_call;	/* JSON */
+	const char *metadata;		/* JSON object, never NULL */
+	int64		prompt_tokens;
+	int64		completion_tokens;
+	const char *usage;			/* JSON object or NULL */
+} ChatEnd;
+
+/* What is left in the queue after a claim. */
+typedef struct ChatQueueRest
+{
+	bool		skipped;		/* due jobs that somebody holds locked */
+	bool		more;			/* due jobs beyond the limit */
+	TimestampTz next_run;		/* of jobs not yet due, DT_NOEND = none */
+} ChatQueueRest;
+
+extern int	chat_queue_claim(int64 holder, int limit, ChatJob **jobs,
+							 ChatQueueRest *rest);
+extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
+extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
+extern int	chat_queue_adopt(const int64 *live, int nlive);
+extern int	chat_queue_held(int64 holder, int64 **ids, int64 **epochs,
+							bool **cancels);
+extern bool chat_queue_intact(int64 holder, int64 count, int64 epochs);
+
+#endif							/* CHAT_QUEUE_H */
