@@ -14,6 +14,29 @@
 
 /* --- JSON parser (common/jsonapi.h) --- */
 
+/*
+ * Actions of the parser return an error code from 16 on; 17 brings its own
+ * way to free a lexer, and 18 constifies the input.
+ */
+#if PG_VERSION_NUM >= 160000
+#define CHAT_JSON_ACTION JsonParseErrorType
+#define CHAT_JSON_GO_ON return JSON_SUCCESS
+#else
+#define CHAT_JSON_ACTION void
+#define CHAT_JSON_GO_ON return
+#endif
+
+#if PG_VERSION_NUM >= 170000
+#define chat_json_lexer(json, len) \
+	makeJsonLexContextCstringLen(NULL, (char *) (json), (int) (len), \
+								 PG_UTF8, false)
+#define chat_json_lexer_free(lex) freeJsonLexContext(lex)
+#else
+#define chat_json_lexer(json, len) \
+	makeJsonLexContextCstringLen((char *) (json), (int) (len), PG_UTF8, false)
+#define chat_json_lexer_free(lex) pfree(lex)
+#endif
+
 /* --- server --- */
 
 #ifndef FRONTEND
