@@ -541,11 +541,13 @@ chat_http_next(void)
 
 /*
  * Performs one request and waits for its end, at most timeout ms; the caller
- * closes the transfer.  Interrupts are served while it waits.  For functions
+ * closes the transfer.  Interrupts are served while it waits.  hook, if not
+ * NULL, sees the answer grow and may consume it; it may throw.  For functions
  * that a user calls; the worker never waits.
  */
 ChatTransfer *
-chat_http_perform(const ChatHttpRequest *req, int timeout)
+chat_http_perform(const ChatHttpRequest *req, int timeout,
+				  void (*hook) (ChatTransfer *, void *), void *arg)
 {
 	ChatTransfer *t = chat_http_open(req, NULL);
 	int64		due = now_ms() + timeout;
@@ -565,6 +567,8 @@ chat_http_perform(const ChatHttpRequest *req, int timeout)
 			ResetLatch(MyLatch);
 			CHECK_FOR_INTERRUPTS();
 			chat_http_poll();
+			if (hook != NULL && t->len > 0)
+				hook(t, arg);
 		}
 	}
 	PG_CATCH();

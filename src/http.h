@@ -79,6 +79,8 @@ extern void chat_http_poll(void);
 extern long chat_http_timeout(void);
 extern ChatTransfer *chat_http_next(void);
 extern ChatTransfer *chat_http_perform(const ChatHttpRequest *req,
-									   int timeout);
+									   int timeout,
+									   void (*hook) (ChatTransfer *, void *),
+									   void *arg);
 
 #endif							/* CHAT_HTTP_H */
