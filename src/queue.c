@@ -26,10 +26,10 @@
 #define RUNS_PER_TIMELINE 256
 
 /*
- * $1 holder, $2 limit, $3 database, $4 first run of this timeline
+ * $1 holder, $2 limit, $3 database, $4 first run of this timeline, $5 bare
  *
  * The queued message becomes a message here: it takes its sequence when its
- * turn starts.
+ * turn starts.  A bare claim leaves it out: for a job whose claim failed.
  */
 CHAT_STMT(claim_jobs,
 		  "WITH picked AS MATERIALIZED ("
@@ -68,11 +68,12 @@ CHAT_STMT(claim_jobs,
 		  "  COALESCE(o.message_id, gen_random_uuid()), o.input->>'role',"
 		  "  o.input->>'content', o.task_id,"
 		  "  COALESCE(o.input->'metadata', '{}')"
-		  " FROM old AS o WHERE o.input IS NOT NULL"
+		  " FROM old AS o WHERE o.input IS NOT NULL AND NOT $5"
 		  "), session AS ("
 		  " UPDATE chat.chat_session AS s"
 		  " SET next_sequence = s.next_sequence + 1, updated_at = now()"
-		  " FROM old AS o WHERE s.id = o.session_id AND o.input IS NOT NULL)"
+		  " FROM old AS o WHERE s.id = o.session_id AND o.input IS NOT NULL"
+		  "  AND NOT $5)"
 		  " SELECT j.id, j.epoch, o.session_id, o.task_id, t.answer_id,"
 		  "  j.owner, j.attempts, j.crashes, o.run < 0,"
 		  "  j.cancel, t.run, j.last_seq, t.slot, o.channel::text,"
@@ -82,7 +83,7 @@ CHAT_STMT(claim_jobs,
 		  " JOIN task AS t ON t.id = o.task_id"
 		  " JOIN chat.chat_job AS p ON p.id = o.id"
 		  " ORDER BY j.id",
-		  INT8OID, INT4OID, OIDOID, INT4OID);
+		  INT8OID, INT4OID, OIDOID, INT4OID, BOOLOID);
 
 /* $1 database: what is due and unclaimed, and when the next one is due */
 CHAT_STMT(queue_rest,
@@ -246,9 +247,10 @@ read_rest(ChatQueueRest *rest, bool limited)
  * the SPI context.
  */
 int
-chat_queue_claim(int64 holder, int limit, ChatJob **jobs, ChatQueueRest *rest)
+chat_queue_claim(int64 holder, int limit, bool bare, ChatJob **jobs,
+				 ChatQueueRest *rest)
 {
-	Datum		values[4];
+	Datum		values[5];
 	int			n;
 
 	values[0] = Int64GetDatum(holder);
@@ -256,6 +258,7 @@ chat_queue_claim(int64 holder, int limit, ChatJob **jobs, ChatQueueRest *rest)
 	values[2] = ObjectIdGetDatum(MyDatabaseId);
 	values[3] = Int32GetDatum((GetWALInsertionTimeLine() - 1) *
 							  RUNS_PER_TIMELINE);
+	values[4] = BoolGetDatum(bare);
 	n = (int) chat_db_exec(&claim_jobs, values, NULL);
 	*jobs = palloc0(sizeof(ChatJob) * Max(n, 1));
 	for (int i = 0; i < n; i++)
@@ -353,14 +356,15 @@ lock_ends(ChatEnd **ends, int n, ChatEnd **locked)
 	}
 	for (int i = 0; i < n; i++)
 	{
-		for (uint64 row = 0; row < got; row++)
+		ends[i]->missed = true;
+		for (uint64 row = 0; row < got && ends[i]->missed; row++)
 		{
 			pg_uuid_t	id = chat_db_uuid(row, 1);
 
 			if (memcmp(&id, &ends[i]->job->session, UUID_LEN) == 0)
 			{
+				ends[i]->missed = false;
 				locked[nlocked++] = ends[i];
-				break;
 			}
 		}
 	}
@@ -372,21 +376,26 @@ static void
 mark_stored(ChatEnd **ends, int n)
 {
 	uint64		rows = SPI_processed;
+	int			at = 0;
 
+	/* the rows come mostly in the order of the ends */
 	for (uint64 row = 0; row < rows; row++)
 	{
 		int64		id = chat_db_int64(row, 1, 0);
 
-		for (int i = 0; i < n; i++)
-			if (ends[i]->job->id == id)
-				ends[i]->ok = true;
+		for (int tries = 0; tries < n; tries++, at = (at + 1) % n)
+		{
+			if (ends[at]->job->id != id)
+				continue;
+			ends[at]->ok = true;
+			break;
+		}
 	}
 }
 
 /*
- * Ends tasks: of the given ends those get ok whose job was still ours.  The
- * sessions that somebody holds locked are left out, as sessions without a
- * trace: the caller tells them by looking at chat_queue_held() later.
+ * Ends tasks: of the given ends those get ok whose job was still ours, and
+ * those get missed whose session somebody holds locked (or has deleted).
  */
 void
 chat_queue_finish(int64 holder, ChatEnd **all, int nall)

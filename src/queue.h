@@ -50,6 +50,7 @@ typedef struct ChatEnd
 	const ChatJob *job;
 	ChatEndKind kind;
 	bool		ok;				/* out: stored; the job was still ours */
+	bool		missed;			/* out: somebody holds the session locked */
 	/* CHAT_END_RETRY, CHAT_END_GIVE_BACK */
 	TimestampTz run_at;
 	bool		reset;
@@ -75,8 +76,8 @@ typedef struct ChatQueueRest
 	TimestampTz next_run;		/* of jobs not yet due, DT_NOEND = none */
 } ChatQueueRest;
 
-extern int	chat_queue_claim(int64 holder, int limit, ChatJob **jobs,
-							 ChatQueueRest *rest);
+extern int	chat_queue_claim(int64 holder, int limit, bool bare,
+							 ChatJob **jobs, ChatQueueRest *rest);
 extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
 extern int	chat_queue_adopt(const int64 *live, int nlive);

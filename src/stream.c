@@ -1,0 +1,982 @@
+/*
+ * stream.c
+ *		One live attempt at a completion.
+ *
+ * Owns a ChatStream from the claim of its job to the commit of its end: the
+ * transfer, the parsers, the growing message and the events that tell of it.
+ * One process, no locks.  The only PG_TRY around parsing is here: whatever
+ * the endpoint's bytes provoke ends this stream and no other.
+ *
+ * An attempt that failed is tried again (a later claim of the same job) as
+ * long as the error is of the passing kind and attempts are left; after
+ * content was seen the next attempt opens with reset-step (T48).
+ */
+#include "postgres.h"
+
+#include <math.h>
+#include <time.h>
+
+#include "common/pg_prng.h"
+#include "lib/stringinfo.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "json.h"
+#include "stream.h"
+
+/* of an endpoint's error body this much is looked at */
+#define MAX_ERROR_BODY 65536
+/* a Retry-After beyond this fails at once, in seconds */
+#define MAX_RETRY_AFTER 300
+/* tool calls of one answer: a bound for hostile input */
+#define MAX_TOOL_INDEX 255
+/* a transfer's buffer larger than this is given back once it is consumed */
+#define KEEP_BUFFER 4096
+/* bytes per token where nobody counts */
+#define BYTES_PER_TOKEN 4
+
+static int	connect_timeout = 10000;
+static int	first_token_timeout = 60000;
+static int	idle_timeout = 60000;
+static int	stream_timeout = 300000;
+static int	max_retries = 3;
+static int	retry_base_delay = 1000;
+static int	retry_max_delay = 30000;
+static int	max_body_size = 16 * 1024;	/* kB */
+
+/* Declares the settings of streams. */
+void
+chat_stream_init(void)
+{
+	static const struct
+	{
+		const char *name;
+		const char *what;
+		int		   *value;
+		int			boot;
+		int			min;
+		int			max;
+	}			times[] = {
+		{"chat.connect_timeout", "Longest time to connect to an endpoint.", &connect_timeout, 10000, 1, 600000},
+		{"chat.first_token_timeout", "Longest time from the request to the first content.", &first_token_timeout, 60000, 1, INT_MAX / 2},
+		{"chat.idle_timeout", "Longest time between two contents of a stream.", &idle_timeout, 60000, 1, INT_MAX / 2},
+		{"chat.stream_timeout", "Longest time of a whole stream.", &stream_timeout, 300000, 1, INT_MAX / 2},
+		{"chat.retry_base_delay", "Delay before the first retry; it doubles with each.", &retry_base_delay, 1000, 1, 3600000},
+		{"chat.retry_max_delay", "Longest delay before a retry.", &retry_max_delay, 30000, 1, 3600000},
+	};
+
+	for (int i = 0; i < lengthof(times); i++)
+		DefineCustomIntVariable(times[i].name, times[i].what, NULL,
+								times[i].value, times[i].boot, times[i].min,
+								times[i].max, PGC_SIGHUP, GUC_UNIT_MS,
+								NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_retries",
+							"How often a request is tried again.",
+							NULL, &max_retries, 3, 0, 100,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_body_size",
+							"Largest answer of an endpoint.",
+							NULL, &max_body_size, 16 * 1024, 1, 512 * 1024,
+							PGC_SIGHUP, GUC_UNIT_KB, NULL, NULL, NULL);
+}
+
+/* Returns a clock in milliseconds that is never set back. */
+int64
+chat_stream_clock(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64) t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Copies a string that may be absent. */
+static char *
+copy_string(const char *s)
+{
+	return s ? pstrdup(s) : NULL;
+}
+
+/* Makes a stream for a claimed job; it is opened after the claim's commit. */
+ChatStream *
+chat_stream_create(const ChatJob *job, MemoryContext parent)
+{
+	MemoryContext context = AllocSetContextCreate(parent, "chat stream",
+												  ALLOCSET_SMALL_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
+	ChatStream *s = palloc0(sizeof(ChatStream));
+	const uint8 *u = job->task.data;
+
+	s->context = context;
+	s->job = *job;
+	s->job.channel = copy_string(job->channel);
+	s->job.server = copy_string(job->server);
+	s->job.user_id = copy_string(job->user_id);
+	s->job.settings = NULL;
+	s->target.task = job->task;
+	s->target.slot = job->slot;
+	s->target.channel = s->job.channel;
+	snprintf(s->target.task_text, sizeof(s->target.task_text),
+			 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
+			 u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9],
+			 u[10], u[11], u[12], u[13], u[14], u[15]);
+	s->seq = job->seq;
+	s->end.job = &s->job;
+	MemoryContextSwitchTo(old);
+	return s;
+}
+
+/* Sends the request. */
+void
+chat_stream_open(ChatStream *s)
+{
+	ChatHttpRequest req = {0};
+	char	  **headers;
+
+	/* the headers hold the key: they live as short as the call */
+	MemoryContext brief = AllocSetContextCreate(s->context, "chat request",
+												ALLOCSET_SMALL_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(brief);
+
+	req.url = chat_server_url(s->server, chat_openai.path);
+	req.body = s->request;
+	req.body_len = s->request_len;
+	req.nheaders = chat_server_headers(s->server, s->key, &headers);
+	req.headers = (const char *const *) headers;
+	req.ca_file = s->server->ca_file;
+	req.proxy = s->server->proxy;
+	req.connect_timeout = s->server->connect_timeout >= 0
+		? s->server->connect_timeout : connect_timeout;
+	req.allow_loopback = s->server->is_loopback;
+	req.allow_private = s->server->allow_private;
+	req.max_body = (size_t) max_body_size * 1024;
+	chat_sse_init(&s->sse, req.max_body);
+	s->opened_at = s->content_at = chat_stream_clock();
+	s->transfer = chat_http_open(&req, s);
+	for (int i = 0; i < req.nheaders; i++)
+		explicit_bzero(headers[i], strlen(headers[i]));
+	MemoryContextSwitchTo(old);
+	MemoryContextDelete(brief);
+	pfree(s->request);
+	s->request = NULL;
+}
+
+/* Frees a stream with all that it holds. */
+void
+chat_stream_free(ChatStream *s)
+{
+	if (s->transfer)
+		chat_http_close(s->transfer);
+	chat_sse_free(&s->sse);
+	if (s->key)
+		explicit_bzero(s->key, strlen(s->key));
+	MemoryContextDelete(s->context);
+}
+
+/* ---------- writing JSON ---------- */
+
+/* Appends a text as a JSON string. */
+static void
+append_json(StringInfo buf, const char *text, size_t len)
+{
+	appendStringInfoChar(buf, '"');
+	enlargeStringInfo(buf, (int) chat_json_escape(text, len, NULL) + 2);
+	buf->len += (int) chat_json_escape(text, len, buf->data + buf->len);
+	appendStringInfoChar(buf, '"');
+}
+
+/* Appends ,"name":"text" unless text is NULL. */
+static void
+append_member(StringInfo buf, const char *name, const char *text)
+{
+	if (text == NULL)
+		return;
+	appendStringInfo(buf, ",\"%s\":", name);
+	append_json(buf, text, strlen(text));
+}
+
+/* Appends text to a buffer that is made at its first use. */
+static void
+append_text(StringInfo buf, ChatStr text)
+{
+	if (buf->data == NULL)
+		initStringInfo(buf);
+	appendBinaryStringInfo(buf, text.data, (int) text.len);
+}
+
+/* Adds an event {"type":...,"id":...} to the log. */
+static void
+log_block(ChatStream *s, const char *type)
+{
+	char		json[96];
+
+	snprintf(json, sizeof(json), "{\"type\":\"%s\",\"id\":\"%s\"}", type,
+			 s->block_id);
+	chat_event_add(&s->log, s->context, json);
+}
+
+/* ---------- blocks of the answer ---------- */
+
+/* Closes the block that is open. */
+static void
+close_block(ChatStream *s)
+{
+	if (s->block == CHAT_BLOCK_TEXT)
+		log_block(s, "text-end");
+	else if (s->block == CHAT_BLOCK_REASONING)
+		log_block(s, "reasoning-end");
+	s->block = CHAT_BLOCK_NONE;
+}
+
+/* Sees to it that a block of this kind is open. */
+static void
+open_block(ChatStream *s, ChatBlock block)
+{
+	if (s->block == block)
+		return;
+	close_block(s);
+	s->block = block;
+	s->block_id = psprintf("%s-%d",
+						   block == CHAT_BLOCK_TEXT ? "text" : "reasoning",
+						   ++s->blocks);
+	log_block(s, block == CHAT_BLOCK_TEXT ? "text-start" : "reasoning-start");
+}
+
+/* Notes that content came: timeouts start anew, a retry must reset. */
+static void
+note_content(ChatStream *s)
+{
+	s->content_at = chat_stream_clock();
+	if (s->first_content_at == 0)
+		s->first_content_at = s->content_at;
+	s->content_seen = true;
+}
+
+/* Takes text of the answer. */
+static void
+take_text(ChatStream *s, ChatStr text)
+{
+	note_content(s);
+	append_text(&s->text, text);
+	open_block(s, CHAT_BLOCK_TEXT);
+	chat_event_delta(&s->log, s->context, &chat_text_delta, s->block_id,
+					 text.data, text.len);
+}
+
+/* Takes text of the model's reasoning. */
+static void
+take_reasoning(ChatStream *s, ChatStr text)
+{
+	note_content(s);
+	append_text(&s->reasoning, text);
+	open_block(s, CHAT_BLOCK_REASONING);
+	chat_event_delta(&s->log, s->context, &chat_reasoning_delta, s->block_id,
+					 text.data, text.len);
+}
+
+/* Takes text of a refusal: listeners see it as text, the message apart. */
+static void
+take_refusal(ChatStream *s, ChatStr text)
+{
+	note_content(s);
+	append_text(&s->refusal, text);
+	open_block(s, CHAT_BLOCK_TEXT);
+	chat_event_delta(&s->log, s->context, &chat_text_delta, s->block_id,
+					 text.data, text.len);
+}
+
+/* Copies a piece of text into the stream's memory. */
+static char *
+copy_str(ChatStr text)
+{
+	return pnstrdup(text.data, text.len);
+}
+
+/* ---------- tool calls ---------- */
+
+/*
+ * Finds the call that a piece belongs to, or makes it.  Without an index: a
+ * new id starts a call, anything else goes on with the last one.
+ */
+static ChatStreamTool *
+find_tool(ChatStream *s, const ChatToolDelta *d)
+{
+	ChatStreamTool *t;
+	int			index = d->index;
+
+	if (index < 0)
+	{
+		ChatStreamTool *last = s->ntools ? &s->tools[s->ntools - 1] : NULL;
+		bool		new_call = last == NULL ||
+			(d->id.len > 0 && last->id != NULL &&
+			 (strlen(last->id) != d->id.len ||
+			  memcmp(last->id, d->id.data, d->id.len) != 0));
+
+		if (!new_call)
+			return last;
+		index = last ? last->index + 1 : 0;
+	}
+	for (int i = 0; i < s->ntools; i++)
+		if (s->tools[i].index == index)
+			return &s->tools[i];
+	if (s->ntools > MAX_TOOL_INDEX)
+		return NULL;
+	s->tools = s->tools
+		? repalloc(s->tools, sizeof(ChatStreamTool) * (s->ntools + 1))
+		: palloc(sizeof(ChatStreamTool));
+	t = &s->tools[s->ntools++];
+	memset(t, 0, sizeof(*t));
+	t->index = index;
+	return t;
+}
+
+/* Adds tool-input-start once the call has a name and an id. */
+static void
+announce_tool(ChatStream *s, ChatStreamTool *t)
+{
+	StringInfoData json;
+
+	if (t->announced || t->name == NULL)
+		return;
+	/* some endpoints send no id */
+	if (t->id == NULL)
+		t->id = psprintf("call_%s_%d", s->target.task_text,
+						 (int) (t - s->tools));
+	close_block(s);
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"type\":\"tool-input-start\"");
+	append_member(&json, "toolCallId", t->id);
+	append_member(&json, "toolName", t->name);
+	appendStringInfoChar(&json, '}');
+	chat_event_add(&s->log, s->context, json.data);
+	pfree(json.data);
+	t->announced = true;
+	if (t->arguments.len > 0)
+		chat_event_delta(&s->log, s->context, &chat_tool_input_delta, t->id,
+						 t->arguments.data, t->arguments.len);
+}
+
+/* Takes a piece of a tool call. */
+static void
+take_tool(ChatStream *s, const ChatToolDelta *d)
+{
+	ChatStreamTool *t = find_tool(s, d);
+
+	if (t == NULL)
+		return;
+	note_content(s);
+	if (d->id.len > 0 && t->id == NULL)
+		t->id = copy_str(d->id);
+	if (d->name.len > 0 && t->name == NULL)
+		t->name = copy_str(d->name);
+	if (d->extra.len > 0)
+		t->extra = copy_str(d->extra);
+	if (d->fn_extra.len > 0)
+		t->fn_extra = copy_str(d->fn_extra);
+	if (d->arguments.len > 0)
+	{
+		append_text(&t->arguments, d->arguments);
+		if (t->announced)
+			chat_event_delta(&s->log, s->context, &chat_tool_input_delta,
+							 t->id, d->arguments.data, d->arguments.len);
+	}
+	announce_tool(s, t);
+}
+
+/* ---------- chunks ---------- */
+
+static void fail_endpoint(ChatStream *s, const ChatEndpointError *error);
+
+/* Takes one payload of the endpoint. */
+static void
+take_chunk(ChatStream *s, const ChatChunk *c)
+{
+	if (c->is_error)
+	{
+		ChatEndpointError error;
+
+		chat_openai.chunk_error(c, &error);
+		fail_endpoint(s, &error);
+		return;
+	}
+	if (c->model.len > 0 && s->model == NULL)
+		s->model = copy_str(c->model);
+	if (c->reasoning.len > 0)
+		take_reasoning(s, c->reasoning);
+	if (c->text.len > 0)
+		take_text(s, c->text);
+	if (c->refusal.len > 0)
+		take_refusal(s, c->refusal);
+	for (int i = 0; i < c->ntools; i++)
+		take_tool(s, &c->tools[i]);
+	if (c->function_name.len > 0 && s->function_name == NULL)
+		s->function_name = copy_str(c->function_name);
+	if (c->function_arguments.len > 0)
+	{
+		note_content(s);
+		append_text(&s->function_arguments, c->function_arguments);
+	}
+	if (c->reasoning_details.len > 0)
+		s->reasoning_details = copy_str(c->reasoning_details);
+	if (c->finish_reason.len > 0 && s->finish_reason == NULL)
+		s->finish_reason = copy_str(c->finish_reason);
+	if (c->has_usage)
+	{
+		s->has_usage = true;
+		s->usage = c->usage;
+	}
+	s->said_done |= c->done;
+}
+
+/* Parses one payload, its temporary memory apart. */
+static void
+take_payload(ChatStream *s, const char *data, size_t len, MemoryContext brief)
+{
+	ChatChunk	chunk;
+	MemoryContext old;
+	bool		ok;
+
+	if (len == 0)
+		return;
+	old = MemoryContextSwitchTo(brief);
+	ok = s->plain ? chat_openai.parse_response(data, len, &chunk)
+		: chat_openai.parse_chunk(data, len, &chunk);
+	MemoryContextSwitchTo(old);
+	if (ok)
+		take_chunk(s, &chunk);
+	else
+		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false,
+						 s->transfer->status,
+						 "the endpoint sent something that is not a chat completion");
+	MemoryContextReset(brief);
+}
+
+/* Feeds what was received to the event parser. */
+static void
+take_events(ChatStream *s, MemoryContext brief)
+{
+	ChatTransfer *t = s->transfer;
+	const char *p = t->buf;
+	const char *end = t->buf + t->len;
+	ChatSseEvent ev;
+	ChatSseResult r = CHAT_SSE_MORE;
+
+	while (!s->ended && !s->said_done &&
+		   (r = chat_sse_next(&s->sse, &p, end, &ev)) == CHAT_SSE_EVENT)
+		take_payload(s, ev.data, ev.len, brief);
+	if (!s->ended && r != CHAT_SSE_MORE && r != CHAT_SSE_EVENT)
+		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false, t->status,
+						 "an event of the endpoint's stream is too long");
+	if (t->done && !s->ended && !s->said_done &&
+		chat_sse_finish(&s->sse, &ev) == CHAT_SSE_EVENT)
+		take_payload(s, ev.data, ev.len, brief);
+	t->len = 0;
+}
+
+/* True if nothing of the body was seen that tells a stream from a document. */
+static bool
+sniff(ChatStream *s)
+{
+	ChatTransfer *t = s->transfer;
+
+	for (size_t i = 0; i < t->len && !s->sniffed; i++)
+	{
+		if (strchr(" \t\r\n", t->buf[i]) != NULL && t->buf[i] != '\0')
+			continue;
+		s->sniffed = true;
+		s->plain = !t->event_stream && t->buf[i] == '{';
+	}
+	return !s->sniffed;
+}
+
+/* Gives a transfer's buffer back when it has grown. */
+static void
+trim_buffer(ChatTransfer *t)
+{
+	if (t->len > 0 || t->cap <= KEEP_BUFFER)
+		return;
+	free(t->buf);
+	t->buf = NULL;
+	t->cap = 0;
+}
+
+/* ---------- the end ---------- */
+
+/* Says what was used, by the endpoint's word or by a guess. */
+static void
+settle_usage(ChatStream *s, ChatEnd *end)
+{
+	ChatUsage  *u = &s->usage;
+	bool		guessed = !s->has_usage || u->prompt < 0 || u->completion < 0;
+	StringInfoData json;
+	int64		bytes = (int64) s->text.len + s->reasoning.len +
+		s->refusal.len + s->function_arguments.len;
+
+	for (int i = 0; i < s->ntools; i++)
+		bytes += s->tools[i].arguments.len;
+	/* a request that was refused has cost nothing */
+	end->prompt_tokens = s->has_usage && u->prompt >= 0 ? u->prompt :
+		s->content_seen ? s->prompt_estimate : 0;
+	end->completion_tokens = s->has_usage && u->completion >= 0
+		? u->completion : (bytes + BYTES_PER_TOKEN - 1) / BYTES_PER_TOKEN;
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"prompt_tokens\":" INT64_FORMAT
+					 ",\"completion_tokens\":" INT64_FORMAT
+					 ",\"total_tokens\":" INT64_FORMAT,
+					 end->prompt_tokens, end->completion_tokens,
+					 end->prompt_tokens + end->completion_tokens);
+	if (s->has_usage && u->cached >= 0)
+		appendStringInfo(&json, ",\"cached_tokens\":" INT64_FORMAT,
+						 (int64) u->cached);
+	if (s->has_usage && u->reasoning >= 0)
+		appendStringInfo(&json, ",\"reasoning_tokens\":" INT64_FORMAT,
+						 (int64) u->reasoning);
+	if (guessed)
+		appendStringInfoString(&json, ",\"estimated\":true");
+	appendStringInfoChar(&json, '}');
+	end->usage = json.data;
+}
+
+/* Builds the tool_calls of the message, or NULL. */
+static char *
+tool_calls_json(ChatStream *s)
+{
+	StringInfoData json;
+	int			n = 0;
+
+	if (s->ntools == 0)
+		return NULL;
+	initStringInfo(&json);
+	appendStringInfoChar(&json, '[');
+	for (int i = 0; i < s->ntools; i++)
+	{
+		ChatStreamTool *t = &s->tools[i];
+
+		if (t->name == NULL)
+			continue;
+		if (n++ > 0)
+			appendStringInfoChar(&json, ',');
+		appendStringInfoString(&json, "{\"id\":");
+		append_json(&json, t->id, strlen(t->id));
+		appendStringInfoString(&json, ",\"type\":\"function\",\"function\":{\"name\":");
+		append_json(&json, t->name, strlen(t->name));
+		appendStringInfoString(&json, ",\"arguments\":");
+		append_json(&json, t->arguments.data ? t->arguments.data : "",
+					t->arguments.len);
+		if (t->fn_extra)
+			appendStringInfo(&json, ",%s", t->fn_extra);
+		appendStringInfoChar(&json, '}');
+		if (t->extra)
+			appendStringInfo(&json, ",%s", t->extra);
+		appendStringInfoChar(&json, '}');
+	}
+	appendStringInfoChar(&json, ']');
+	return n > 0 ? json.data : NULL;
+}
+
+/* Builds the legacy function_call of the message, or NULL. */
+static char *
+function_call_json(ChatStream *s)
+{
+	StringInfoData json;
+
+	if (s->function_name == NULL)
+		return NULL;
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"name\":");
+	append_json(&json, s->function_name, strlen(s->function_name));
+	appendStringInfoString(&json, ",\"arguments\":");
+	append_json(&json, s->function_arguments.data
+				? s->function_arguments.data : "",
+				s->function_arguments.len);
+	appendStringInfoChar(&json, '}');
+	return json.data;
+}
+
+/* Builds the message's metadata. */
+static char *
+metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"usage\":%s", end->usage);
+	append_member(&json, "server", s->job.server);
+	append_member(&json, "model", s->model);
+	append_member(&json, "finish_reason", s->finish_reason);
+	if (s->reasoning.len > 0)
+		append_member(&json, "reasoning", s->reasoning.data);
+	if (s->reasoning_details)
+		appendStringInfo(&json, ",\"reasoning_details\":%s",
+						 s->reasoning_details);
+	if (interrupted)
+		appendStringInfoString(&json, ",\"interrupted\":true");
+	appendStringInfoChar(&json, '}');
+	return json.data;
+}
+
+/* Fills the end with what the answer is, or was when it broke off. */
+static void
+settle_message(ChatStream *s, ChatEnd *end, bool interrupted)
+{
+	settle_usage(s, end);
+	end->content = s->text.len > 0 ? s->text.data : NULL;
+	end->refusal = s->refusal.len > 0 ? s->refusal.data : NULL;
+	/* half a tool call is worth nothing */
+	end->tool_calls = interrupted ? NULL : tool_calls_json(s);
+	end->function_call = interrupted ? NULL : function_call_json(s);
+	end->has_message = end->content || end->refusal || end->tool_calls ||
+		end->function_call;
+	end->metadata = metadata_json(s, end, interrupted);
+}
+
+/* Adds an event to the end's log. */
+static void
+log_end(ChatStream *s, const char *json)
+{
+	chat_event_add(&s->end_log, s->context, json);
+}
+
+/* Adds message-metadata: model, usage and finish reason. */
+static void
+log_metadata(ChatStream *s, const ChatEnd *end)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"type\":\"message-metadata\",\"messageMetadata\":{\"usage\":%s",
+					 end->usage);
+	append_member(&json, "model", s->model);
+	append_member(&json, "finishReason", s->finish_reason);
+	appendStringInfoString(&json, "}}");
+	log_end(s, json.data);
+	pfree(json.data);
+}
+
+/* Adds tool-input-available for each call whose arguments are whole. */
+static void
+log_tools(ChatStream *s)
+{
+	for (int i = 0; i < s->ntools; i++)
+	{
+		ChatStreamTool *t = &s->tools[i];
+		StringInfoData json;
+
+		if (!t->announced)
+			continue;
+		initStringInfo(&json);
+		appendStringInfoString(&json, "{\"type\":\"tool-input-available\"");
+		append_member(&json, "toolCallId", t->id);
+		append_member(&json, "toolName", t->name);
+		appendStringInfoString(&json, ",\"input\":");
+		if (t->arguments.len == 0)
+			appendStringInfoString(&json, "{}");
+		else
+			append_json(&json, t->arguments.data, t->arguments.len);
+		appendStringInfoChar(&json, '}');
+		log_end(s, json.data);
+		pfree(json.data);
+	}
+}
+
+/* Ends a stream whose answer is whole. */
+static void
+complete(ChatStream *s)
+{
+	char	   *json;
+
+	s->ended = true;
+	s->end.kind = CHAT_END_COMPLETED;
+	settle_message(s, &s->end, false);
+	close_block(s);
+	log_tools(s);
+	log_end(s, "{\"type\":\"finish-step\"}");
+	log_metadata(s, &s->end);
+	json = psprintf("{\"type\":\"finish\",\"finishReason\":\"%s\"}",
+					chat_openai.finish_reason((ChatStr) {
+		s->finish_reason, s->finish_reason ? strlen(s->finish_reason) : 0
+	}));
+	log_end(s, json);
+	pfree(json);
+}
+
+/* Ends a stream because somebody asked for it. */
+void
+chat_stream_cancel(ChatStream *s)
+{
+	MemoryContext old;
+
+	if (s->ended)
+		return;
+	old = MemoryContextSwitchTo(s->context);
+	s->ended = true;
+	s->end.kind = CHAT_END_CANCELLED;
+	settle_message(s, &s->end, true);
+	s->end.error = "{\"code\":\"cancelled\",\"message\":\"the task was cancelled\",\"retryable\":false}";
+	close_block(s);
+	log_metadata(s, &s->end);
+	log_end(s, "{\"type\":\"abort\"}");
+	MemoryContextSwitchTo(old);
+}
+
+/* Returns the delay before the next attempt in ms. */
+static int64
+retry_delay(const ChatStream *s)
+{
+	double		delay = retry_base_delay * pow(2, Min(s->job.attempts - 1, 20));
+	double		jitter = 0.5 + pg_prng_double(&pg_global_prng_state) / 2;
+
+	return (int64) (Min(delay, (double) retry_max_delay) * jitter);
+}
+
+/* Says whether the attempt that failed is tried again, and when. */
+static bool
+plan_retry(ChatStream *s, bool retryable)
+{
+	int			retries = s->server && s->server->retries >= 0
+	? s->server->retries : max_retries;
+	long		after = s->transfer ? s->transfer->retry_after : -1;
+	int64		delay;
+
+	if (!retryable || s->job.attempts > retries || after > MAX_RETRY_AFTER)
+		return false;
+	delay = Max(retry_delay(s), after * 1000);
+	s->end.kind = CHAT_END_RETRY;
+	s->end.run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+	s->end.reset = s->content_seen || s->end.reset;
+	return true;
+}
+
+/* Builds the error of a task. */
+static char *
+error_json(ChatStream *s, const char *code, bool retryable, int status,
+		   const char *message)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"code\":\"%s\",\"retryable\":%s", code,
+					 retryable ? "true" : "false");
+	append_member(&json, "message", message);
+	if (status > 0)
+		appendStringInfo(&json, ",\"status\":%d", status);
+	if (s->transfer && s->transfer->retry_after > 0)
+		appendStringInfo(&json, ",\"retry_after\":%ld",
+						 s->transfer->retry_after);
+	appendStringInfoChar(&json, '}');
+	return json.data;
+}
+
+/*
+ * Ends an attempt that failed: the job goes back when the error passes and
+ * attempts are left, else the task has failed.  What was received is kept.
+ */
+void
+chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
+				 int status, const char *message)
+{
+	const char *code = chat_provider_error(kind)->name;
+	MemoryContext old;
+	StringInfoData json;
+	char	   *safe;
+
+	if (s->ended)
+		return;
+	old = MemoryContextSwitchTo(s->context);
+	s->ended = true;
+	if (plan_retry(s, retryable))
+	{
+		MemoryContextSwitchTo(old);
+		return;
+	}
+	safe = chat_server_redact(message, s->key);
+	if (s->transfer && s->transfer->retry_after > MAX_RETRY_AFTER)
+		safe = psprintf("%s (the endpoint asks to wait %ld seconds)", safe,
+						s->transfer->retry_after);
+	s->end.kind = CHAT_END_FAILED;
+	settle_message(s, &s->end, true);
+	s->end.error = error_json(s, code, retryable, status, safe);
+	close_block(s);
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"type\":\"error\"");
+	append_member(&json, "errorText", safe);
+	append_member(&json, "code", code);
+	appendStringInfoChar(&json, '}');
+	log_end(s, json.data);
+	log_metadata(s, &s->end);
+	log_end(s, "{\"type\":\"finish\",\"finishReason\":\"error\"}");
+	MemoryContextSwitchTo(old);
+}
+
+/* Ends an attempt by an error of the endpoint. */
+static void
+fail_endpoint(ChatStream *s, const ChatEndpointError *error)
+{
+	chat_stream_fail(s, error->kind, error->retryable, error->status,
+					 pnstrdup(error->message.data, error->message.len));
+}
+
+/* Ends an attempt whose transfer did not come to an orderly end. */
+static void
+fail_transfer(ChatStream *s)
+{
+	ChatTransfer *t = s->transfer;
+	char	   *message = psprintf("request to the endpoint failed: %s", t->error);
+
+	switch (t->end)
+	{
+		case CHAT_HTTP_CONNECT_TIMEOUT:
+			chat_stream_fail(s, CHAT_ERROR_CONNECT_TIMEOUT, true, 0, message);
+			break;
+		case CHAT_HTTP_CONNECT_FAILED:
+		case CHAT_HTTP_BROKEN:
+			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, true, t->status,
+							 message);
+			break;
+		case CHAT_HTTP_TOO_LARGE:
+			chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false, t->status,
+							 "the endpoint's answer is larger than chat.max_body_size");
+			break;
+		case CHAT_HTTP_FORBIDDEN:
+			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
+							 "the endpoint's address is private and the server's option allow_private is off");
+			break;
+		default:
+			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, t->status,
+							 message);
+	}
+}
+
+/* Judges an answer that has come to its end. */
+static void
+settle(ChatStream *s)
+{
+	bool		filtered = s->finish_reason &&
+		strcmp(s->finish_reason, "content_filter") == 0;
+
+	if (s->transfer->end != CHAT_HTTP_OK && s->transfer->done &&
+		!s->said_done && s->finish_reason == NULL)
+		fail_transfer(s);
+	else if (s->text.len > 0 || s->refusal.len > 0 || s->function_name)
+		complete(s);
+	else if (s->ntools > 0 && tool_calls_json(s) != NULL)
+		complete(s);
+	else if (filtered)
+		chat_stream_fail(s, CHAT_ERROR_CONTENT_FILTER, false,
+						 s->transfer->status,
+						 "the endpoint's content filter stopped the answer");
+	else
+		chat_stream_fail(s, CHAT_ERROR_EMPTY_RESPONSE,
+						 chat_provider_error(CHAT_ERROR_EMPTY_RESPONSE)->retryable,
+						 s->transfer->status,
+						 "the endpoint's answer holds no text, refusal or tool call");
+}
+
+/* Reads an answer whose status is not of the 200s. */
+static void
+receive_error(ChatStream *s)
+{
+	ChatTransfer *t = s->transfer;
+	ChatEndpointError error;
+
+	if (t->len < MAX_ERROR_BODY && !t->done)
+		return;
+	chat_openai.read_error(t->status, t->buf ? t->buf : "",
+						   Min(t->len, MAX_ERROR_BODY), &error);
+	fail_endpoint(s, &error);
+	t->len = 0;
+}
+
+/* Reads what was received, whatever it is. */
+static void
+receive(ChatStream *s, MemoryContext brief)
+{
+	ChatTransfer *t = s->transfer;
+
+	if (t->status != 0 && (t->status < 200 || t->status > 299))
+	{
+		receive_error(s);
+		return;
+	}
+	if (t->len > 0 && (s->sniffed || !sniff(s)) && s->plain && t->done)
+	{
+		take_payload(s, t->buf, t->len, brief);
+		t->len = 0;
+	}
+	else if (t->len > 0 && s->sniffed && !s->plain)
+		take_events(s, brief);
+	else if (t->done && s->sniffed && !s->plain)
+		take_events(s, brief);
+	if (!s->ended && (s->said_done || t->done))
+		settle(s);
+}
+
+/*
+ * Takes what the transfer has received; true if there is something to flush.
+ */
+bool
+chat_stream_receive(ChatStream *s)
+{
+	static MemoryContext brief = NULL;
+	MemoryContext old = MemoryContextSwitchTo(s->context);
+
+	if (brief == NULL)
+		brief = AllocSetContextCreate(TopMemoryContext, "chat payload",
+									  ALLOCSET_DEFAULT_SIZES);
+	if (s->ended)
+	{
+		s->transfer->len = 0;
+		MemoryContextSwitchTo(old);
+		return false;
+	}
+	PG_TRY();
+	{
+		receive(s, brief);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(s->context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		MemoryContextReset(brief);
+		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false,
+						 s->transfer->status, edata->message);
+	}
+	PG_END_TRY();
+	trim_buffer(s->transfer);
+	MemoryContextSwitchTo(old);
+	return s->ended || s->log.nitems > 0;
+}
+
+/*
+ * Fails a stream that has waited too long; returns when to look again, in
+ * ms of chat_stream_clock().
+ */
+int64
+chat_stream_check_time(ChatStream *s, int64 now)
+{
+	int			first = s->server->first_token_timeout >= 0
+	? s->server->first_token_timeout : first_token_timeout;
+	int			idle = s->server->idle_timeout >= 0
+	? s->server->idle_timeout : idle_timeout;
+	int			whole = s->server->stream_timeout >= 0
+	? s->server->stream_timeout : stream_timeout;
+	int64		silent_due = s->content_at + (s->first_content_at ? idle : first);
+	int64		whole_due = s->opened_at + whole;
+
+	if (s->ended)
+		return PG_INT64_MAX;
+	if (now >= whole_due)
+		chat_stream_fail(s, CHAT_ERROR_STREAM_TIMEOUT, false, 0,
+						 psprintf("the answer took longer than %d ms", whole));
+	else if (now >= silent_due && s->first_content_at == 0)
+		chat_stream_fail(s, CHAT_ERROR_FIRST_TOKEN_TIMEOUT, true, 0,
+						 psprintf("no content came within %d ms", first));
+	else if (now >= silent_due)
+		chat_stream_fail(s, CHAT_ERROR_IDLE_TIMEOUT, true, 0,
+						 psprintf("no content came for %d ms", idle));
+	return s->ended ? PG_INT64_MAX : Min(silent_due, whole_due);
+}
