@@ -4,11 +4,48 @@
  *		them.
  *
  * Owns nothing: everything is in the caller's memory context.
+ *
+ * A history can hold tool calls without results and results without calls (a
+ * crash, a branch, a window that cuts between them).  The API refuses such a
+ * request, and would refuse every later one (T51): so each request is built
+ * from a repaired copy, always the same one for the same history.
  */
 #include "postgres.h"
 
+#include "catalog/pg_type.h"
+#include "lib/stringinfo.h"
+#include "utils/array.h"
+#include "utils/guc.h"
+#include "utils/jsonb.h"
+#include "utils/numeric.h"
+
 #include "context.h"
 #include "db.h"
+#include "provider.h"
+
+#define NO_RESULT "no result: the call was interrupted before it ended"
+
+static int	max_context_messages = 50;
+
+/* $1 sessions, $2 how many messages of each */
+CHAT_STMT(load_messages,
+		  "SELECT w.n::int," CHAT_CONTEXT_COLUMNS ", m.metadata->>'server'"
+		  " FROM unnest($1, $2) WITH ORDINALITY AS w (id, most, n),"
+		  " LATERAL (SELECT * FROM chat.chat_message AS c"
+		  "  WHERE c.session_id = w.id AND c.active"
+		  "  ORDER BY c.sequence DESC LIMIT w.most) AS m"
+		  " ORDER BY w.n, m.sequence",
+		  UUIDARRAYOID, INT8ARRAYOID);
+
+/* Declares the settings of contexts. */
+void
+chat_context_init(void)
+{
+	DefineCustomIntVariable("chat.max_context_messages",
+							"Most messages that a request carries.",
+							NULL, &max_context_messages, 50, 1, 100000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+}
 
 /* Returns a column of type text as a piece of text; absent when NULL. */
 static ChatStr
@@ -40,4 +77,250 @@ chat_context_row(ChatMessage *message, uint64 row, int first)
 	message->reasoning_details = column(row, first + 8);
 	message->context = column(row, first + 9);
 	message->interrupted = chat_db_bool(row, first + 10);
+}
+
+/* Returns a C string as a piece of text; absent when NULL. */
+static ChatStr
+str(const char *text)
+{
+	ChatStr		s = {text, text ? strlen(text) : 0};
+
+	return s;
+}
+
+/* Returns a JSON value as text: strings bare, anything else as JSON. */
+static char *
+value_text(JsonbValue *v)
+{
+	switch (v->type)
+	{
+		case jbvString:
+			return pnstrdup(v->val.string.val, v->val.string.len);
+		case jbvNumeric:
+			return DatumGetCString(DirectFunctionCall1(numeric_out,
+													   NumericGetDatum(v->val.numeric)));
+		case jbvBool:
+			return pstrdup(v->val.boolean ? "true" : "false");
+		case jbvBinary:
+			return JsonbToCString(NULL, v->val.binary.data, v->val.binary.len);
+		default:
+			return NULL;
+	}
+}
+
+/* Returns a member of an object as value_text() does, NULL if absent. */
+static char *
+member(JsonbContainer *object, const char *name)
+{
+	JsonbValue	v;
+
+	if (object == NULL || !JsonContainerIsObject(object) ||
+		getKeyJsonValueFromContainer(object, name, (int) strlen(name),
+									 &v) == NULL)
+		return NULL;
+	return value_text(&v);
+}
+
+/* Parses a JSON text that came out of the database. */
+static Jsonb *
+parse(const char *text)
+{
+	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+											  CStringGetDatum(text)));
+}
+
+/* Returns how many messages a job's session wants in its requests. */
+static int64
+wanted_messages(const ChatJob *job)
+{
+	char	   *text = member(&parse(job->settings)->root,
+							  "max_context_messages");
+
+	return text ? Min(strtol(text, NULL, 10), max_context_messages)
+		: max_context_messages;
+}
+
+/* Reads the messages of a claim's sessions. */
+void
+chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
+{
+	Datum	   *ids = palloc(sizeof(Datum) * n);
+	Datum	   *most = palloc(sizeof(Datum) * n);
+	Datum		params[2];
+	uint64		rows;
+
+	for (int i = 0; i < n; i++)
+	{
+		ids[i] = UUIDPGetDatum(&jobs[i].session);
+		most[i] = Int64GetDatum(wanted_messages(&jobs[i]));
+	}
+	params[0] = PointerGetDatum(construct_array(ids, n, UUIDOID, UUID_LEN,
+												false, TYPALIGN_CHAR));
+	params[1] = PointerGetDatum(construct_array(most, n, INT8OID, 8,
+												FLOAT8PASSBYVAL,
+												TYPALIGN_DOUBLE));
+	rows = chat_db_exec(&load_messages, params, NULL);
+	memset(contexts, 0, sizeof(ChatContext) * n);
+	for (uint64 row = 0; row < rows; row++)
+		contexts[chat_db_int32(row, 1, 0) - 1].n++;
+	for (uint64 row = 0, i = 0; row < rows; i++)
+	{
+		ChatContext *c = &contexts[chat_db_int32(row, 1, 0) - 1];
+		const char *server = jobs[c - contexts].server;
+
+		c->messages = palloc0(sizeof(ChatMessage) * c->n);
+		for (int m = 0; m < c->n; m++, row++)
+		{
+			char	   *from = chat_db_text(row, CHAT_CONTEXT_NCOLUMNS + 2);
+
+			chat_context_row(&c->messages[m], row, 2);
+			/* what is opaque goes back only to the server it came from */
+			if (from == NULL || strcmp(from, server) != 0)
+				c->messages[m].reasoning_details = str(NULL);
+		}
+	}
+}
+
+/* True if a message's role is the given one. */
+static bool
+has_role(const ChatMessage *m, const char *role)
+{
+	return m->role.len == strlen(role) &&
+		memcmp(m->role.data, role, m->role.len) == 0;
+}
+
+/* True if two pieces of text are the same. */
+static bool
+same(ChatStr a, ChatStr b)
+{
+	return a.len == b.len && (a.len == 0 || memcmp(a.data, b.data, a.len) == 0);
+}
+
+/*
+ * Copies the results of one assistant message's calls, in the order of the
+ * calls, from the tool messages that follow it; a call without one gets one
+ * that says so.
+ */
+static void
+copy_results(ChatContext *out, const ChatMessage *assistant,
+			 const ChatMessage *results, int nresults)
+{
+	JsonbContainer *calls = &parse(pnstrdup(assistant->tool_calls.data,
+											assistant->tool_calls.len))->root;
+
+	for (int i = 0; i < JsonContainerSize(calls); i++)
+	{
+		JsonbValue *call = getIthJsonbValueFromContainer(calls, i);
+		JsonbContainer *object = call->type == jbvBinary
+			? call->val.binary.data : NULL;
+		ChatMessage *m = &out->messages[out->n];
+		ChatStr		id = str(member(object, "id"));
+		char	   *function = member(object, "function");
+
+		if (id.len == 0 || function == NULL || function[0] != '{' ||
+			str(member(&parse(function)->root, "name")).len == 0)
+			continue;			/* is not sent */
+		memset(m, 0, sizeof(*m));
+		m->role = str("tool");
+		m->tool_call_id = id;
+		m->content = str(NO_RESULT);
+		for (int r = 0; r < nresults; r++)
+			if (same(results[r].tool_call_id, id))
+				*m = results[r];
+		out->n++;
+	}
+}
+
+/* Makes a history one that the API takes. */
+void
+chat_context_repair(ChatContext *context)
+{
+	ChatContext out = {0};
+	int			room = context->n;
+
+	for (int i = 0; i < context->n; i++)
+		if (context->messages[i].tool_calls.data)
+			room += JsonContainerSize(&parse(pnstrdup(context->messages[i].tool_calls.data,
+													  context->messages[i].tool_calls.len))->root);
+	out.messages = palloc(sizeof(ChatMessage) * Max(room, 1));
+	for (int i = 0; i < context->n;)
+	{
+		const ChatMessage *m = &context->messages[i++];
+		int			first = i;
+
+		if (has_role(m, "tool"))
+			continue;			/* without its call */
+		out.messages[out.n++] = *m;
+		if (m->tool_calls.data == NULL)
+			continue;
+		while (i < context->n && has_role(&context->messages[i], "tool"))
+			i++;
+		copy_results(&out, m, &context->messages[first], i - first);
+	}
+	*context = out;
+}
+
+/* Merges two JSON objects, the second over the first; either may be NULL. */
+static char *
+merge(const char *a, const char *b)
+{
+	Jsonb	   *both;
+
+	if (a == NULL || b == NULL)
+		return a ? pstrdup(a) : b ? pstrdup(b) : NULL;
+	both = DatumGetJsonbP(DirectFunctionCall2(jsonb_concat,
+											  JsonbPGetDatum(parse(a)),
+											  JsonbPGetDatum(parse(b))));
+	return JsonbToCString(NULL, &both->root, VARSIZE(both));
+}
+
+/* Returns a uuid in its text form. */
+static char *
+uuid_text(const pg_uuid_t *id)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
+}
+
+/* Builds the body of a job's request: session's settings over the server's. */
+char *
+chat_context_request(const ChatJob *job, const ChatServer *server,
+					 const ChatContext *context, int *len)
+{
+	JsonbContainer *settings = &parse(job->settings)->root;
+	ChatRequest req = {0};
+	StringInfoData body;
+	char	   *session = uuid_text(&job->session);
+	char	   *text;
+
+	text = member(settings, "model");
+	req.model = str(text ? text : server->model);
+	text = member(settings, "temperature");
+	req.temperature = str(text ? text : server->temperature);
+	text = member(settings, "top_p");
+	req.top_p = str(text ? text : server->top_p);
+	text = member(settings, "max_tokens");
+	if (text == NULL && server->max_tokens > 0)
+		text = psprintf("%d", server->max_tokens);
+	req.max_tokens = str(text);
+	req.max_tokens_field = str(server->max_tokens_field);
+	text = member(settings, "thinking");
+	req.thinking = (text ? strcmp(text, "true") == 0 : server->thinking) &&
+		req.model.data != NULL && strstr(req.model.data, "anthropic") != NULL;
+	req.stream = true;
+	req.include_usage = server->stream_usage;
+	if (server->tracing)
+	{
+		req.user = str(job->user_id);
+		req.session_id = str(session);
+	}
+	req.extra_body = str(merge(chat_server_expand_body(server, job->user_id,
+													   session,
+													   uuid_text(&job->task)),
+							   member(settings, "extra_body")));
+	req.messages = context->messages;
+	req.nmessages = context->n;
+	initStringInfo(&body);
+	chat_openai.build_request(&body, &req);
+	*len = body.len;
+	return body.data;
 }

@@ -9,6 +9,8 @@
 #include "postgres.h"
 
 #include "provider.h"
+#include "queue.h"
+#include "server.h"
 
 /* what chat_context_row() reads, of chat.chat_message AS m */
 #define CHAT_CONTEXT_COLUMNS \
@@ -26,5 +28,32 @@
  * them at column first.  The texts are palloc'ed.
  */
 extern void chat_context_row(ChatMessage *message, uint64 row, int first);
+
+/* The messages of one request. */
+typedef struct ChatContext
+{
+	ChatMessage *messages;
+	int			n;
+} ChatContext;
+
+/* Declares the settings of contexts. */
+extern void chat_context_init(void);
+
+/*
+ * Reads what the model shall see of the sessions of a claim, in one query:
+ * contexts[i] belongs to jobs[i].
+ */
+extern void chat_context_load(const ChatJob *jobs, int n,
+							  ChatContext *contexts);
+
+/*
+ * Makes a history one that the API takes: each tool call of an assistant
+ * message is followed by its one result, each result follows its call.
+ */
+extern void chat_context_repair(ChatContext *context);
+
+/* Builds the body of a job's request. */
+extern char *chat_context_request(const ChatJob *job, const ChatServer *server,
+								  const ChatContext *context, int *len);
 
 #endif							/* CHAT_CONTEXT_H */
