@@ -204,12 +204,17 @@ on_received(ChatTransfer *transfer, void *arg)
 static void
 note_transport_error(Probe *probe, const ChatTransfer *transfer)
 {
+	if (!transfer->done)
+	{
+		fail_probe(probe, probe->first_token_ms < 0 ?
+				   CHAT_ERROR_FIRST_TOKEN_TIMEOUT : CHAT_ERROR_STREAM_TIMEOUT,
+				   "the endpoint's answer did not end in time");
+		return;
+	}
 	switch (transfer->end)
 	{
 		case CHAT_HTTP_CONNECT_TIMEOUT:
-			fail_probe(probe, transfer->status == 0 ?
-					   CHAT_ERROR_CONNECT_TIMEOUT : CHAT_ERROR_STREAM_TIMEOUT,
-					   transfer->error);
+			fail_probe(probe, CHAT_ERROR_CONNECT_TIMEOUT, transfer->error);
 			break;
 		case CHAT_HTTP_TOO_LARGE:
 			fail_probe(probe, CHAT_ERROR_LIMIT_REACHED,

@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include <arpa/inet.h>
+#include <limits.h>
 
 #include "commands/defrem.h"
 #include "common/jsonapi.h"
@@ -308,6 +309,27 @@ check_headers(const ChatOption *option, const char *value)
 	}
 }
 
+/*
+ * Reads a whole number.  Settings would take hexadecimal digits and round
+ * fractions, too.
+ */
+static bool
+parse_whole(const char *value, int *result)
+{
+	const char *digits = value + (*value == '-');
+	long		number;
+	char	   *end;
+
+	if (*digits < '0' || *digits > '9')
+		return false;
+	errno = 0;
+	number = strtol(value, &end, 10);
+	if (*end != '\0' || errno != 0 || number < INT_MIN || number > INT_MAX)
+		return false;
+	*result = (int) number;
+	return true;
+}
+
 /* Checks that a number is one and lies in its range. */
 static void
 check_number(const ChatOption *option, const char *value)
@@ -319,8 +341,9 @@ check_number(const ChatOption *option, const char *value)
 
 	if (whole)
 	{
-		ok = parse_int(value, &i, 0, NULL);
-		number = i;
+		ok = parse_whole(value, &i);
+		if (ok)
+			number = i;
 	}
 	else
 	{
@@ -477,7 +500,7 @@ chat_option_read(const ChatOptionTable *table, Oid catalog, List *options,
 				(void) parse_bool(value, (bool *) field);
 				break;
 			case CHAT_OPTION_INT:
-				(void) parse_int(value, (int *) field, 0, NULL);
+				(void) parse_whole(value, (int *) field);
 				break;
 			case CHAT_OPTION_TIME:
 				*(int *) field = parse_time(option, value);

@@ -319,21 +319,30 @@ chat_server_url(const ChatServer *server, const char *path)
  * Keys
  */
 
+/* Where a key comes from, for errors: the name is for the log alone. */
+typedef struct KeySource
+{
+	const ChatServer *server;
+	const char *name;
+	const char *hint;
+} KeySource;
+
 /* Raises that a key's source does not hold one. */
 static void
-refuse_key(const ChatServer *server, const char *problem, const char *source)
+refuse_key(const KeySource *source, const char *problem)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_CONFIG_FILE_ERROR),
 			 errmsg("could not read the API key of server \"%s\"",
-					server->name),
+					source->server->name),
 			 errdetail("%s", problem),
-			 errdetail_log("%s Source: %s.", problem, source)));
+			 errdetail_log("%s The key is in %s.", problem, source->name),
+			 errhint("%s", source->hint)));
 }
 
 /* Checks what was read as a key, which is wiped when it is none. */
 static char *
-accept_key(const ChatServer *server, char *key, const char *source)
+accept_key(const KeySource *source, char *key)
 {
 	const char *problem = NULL;
 
@@ -347,70 +356,67 @@ accept_key(const ChatServer *server, char *key, const char *source)
 	if (problem != NULL)
 	{
 		chat_server_wipe(key);
-		refuse_key(server, problem, source);
+		refuse_key(source, problem);
 	}
 	return key;
 }
 
-/*
- * Reads the key that a file holds, in one piece into one buffer.  Only
- * regular files: a pipe could keep the worker waiting.
- */
+/* Opens a key's file: a regular one, as a pipe could keep the worker waiting. */
+static int
+open_key_file(const KeySource *source, const char *path)
+{
+	struct stat st;
+	int			fd;
+
+	if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+		refuse_key(source, "The file is not a regular file.");
+	fd = OpenTransientFile(path, O_RDONLY | PG_BINARY);
+	if (fd < 0)
+		refuse_key(source, psprintf("The file cannot be opened: %s.",
+									strerror(errno)));
+	return fd;
+}
+
+/* Reads the key that a file holds, in one piece into one buffer. */
 static char *
 read_key_file(const ChatServer *server, const char *path)
 {
-	struct stat st;
-	char	   *buffer;
-	char	   *key;
+	KeySource	source = {server, psprintf("file \"%s\"", path),
+	"Write the key, and nothing else, into a file that the server's operating system user can read."};
+	int			fd = open_key_file(&source, path);
+	char	   *buffer = palloc(MAX_KEY_FILE_SIZE + 1);
+	char	   *key = NULL;
 	size_t		len = 0;
-	ssize_t		got = 0;
-	int			fd = -1;
-	int			error = 0;
+	ssize_t		got;
+	bool		whole;
 
-	if (stat(path, &st) != 0 ||
-		(S_ISREG(st.st_mode) &&
-		 (fd = OpenTransientFile(path, O_RDONLY | PG_BINARY)) < 0))
-		error = errno;
-	else if (fd < 0)
-		refuse_key(server, "The file is not a regular file.", path);
-	if (error != 0)
-		refuse_key(server, psprintf("The file cannot be opened: %s.",
-									strerror(error)), path);
-
-	buffer = palloc(MAX_KEY_FILE_SIZE + 1);
-	while (len <= MAX_KEY_FILE_SIZE &&
-		   (got = read(fd, buffer + len, MAX_KEY_FILE_SIZE + 1 - len)) > 0)
+	while ((got = read(fd, buffer + len, MAX_KEY_FILE_SIZE + 1 - len)) > 0)
 		len += got;
-	error = errno;
 	CloseTransientFile(fd);
-	if (got >= 0 && len <= MAX_KEY_FILE_SIZE &&
-		memchr(buffer, '\0', len) == NULL)
-	{
-		while (len > 0 && (buffer[len - 1] == '\n' || buffer[len - 1] == '\r'))
-			len--;
+	whole = (got == 0 && len <= MAX_KEY_FILE_SIZE);
+	while (len > 0 && (buffer[len - 1] == '\n' || buffer[len - 1] == '\r'))
+		len--;
+	if (whole && memchr(buffer, '\0', len) == NULL)
 		key = pnstrdup(buffer, len);
-	}
-	else
-		key = NULL;
 	explicit_bzero(buffer, MAX_KEY_FILE_SIZE + 1);
 	pfree(buffer);
-	if (got < 0)
-		refuse_key(server, psprintf("The file cannot be read: %s.",
-									strerror(error)), path);
 	if (key == NULL)
-		refuse_key(server, "The file does not hold a line of text.", path);
-	return accept_key(server, key, path);
+		refuse_key(&source, "The file does not hold a line of text.");
+	return accept_key(&source, key);
 }
 
 /* Reads the key that an environment variable of the postmaster holds. */
 static char *
 read_key_env(const ChatServer *server, const char *variable)
 {
+	KeySource	source = {server,
+		psprintf("environment variable \"%s\"", variable),
+	"Set the variable in the environment in which the server starts, and restart it."};
 	const char *value = getenv(variable);
 
 	if (value == NULL)
-		refuse_key(server, "The environment variable is not set.", variable);
-	return accept_key(server, pstrdup(value), variable);
+		refuse_key(&source, "The environment variable is not set.");
+	return accept_key(&source, pstrdup(value));
 }
 
 /* Returns the rest of a text that starts with an option's name and '='. */
@@ -437,6 +443,8 @@ mapping_key(const ChatServer *server, ArrayType *array)
 	Datum	   *elements;
 	int			n;
 	char	   *value;
+	KeySource	source = {server, "option api_key",
+	"Set it with ALTER USER MAPPING ... OPTIONS (SET api_key '...')."};
 
 	deconstruct_array(array, TEXTOID, -1, false, TYPALIGN_INT,
 					  &elements, NULL, &n);
@@ -445,7 +453,7 @@ mapping_key(const ChatServer *server, ArrayType *array)
 		const text *element = (const text *) DatumGetPointer(elements[i]);
 
 		if ((value = option_value(element, "api_key")) != NULL)
-			return accept_key(server, value, "option api_key");
+			return accept_key(&source, value);
 		if ((value = option_value(element, "api_key_file")) != NULL)
 			return read_key_file(server, value);
 		if ((value = option_value(element, "api_key_env")) != NULL)
