@@ -174,7 +174,16 @@ CREATE TABLE chat.chat_event_slot (
 INSERT INTO chat.chat_event_slot VALUES (0, pg_catalog.now());
 
 COMMENT ON TABLE chat.chat_session IS 'conversations';
+COMMENT ON COLUMN chat.chat_session.user_id IS 'user of the application; null: anonymous';
+COMMENT ON COLUMN chat.chat_session.owner IS 'database role that the session belongs to: its members see it, its keys and tools are used';
+COMMENT ON COLUMN chat.chat_session.channel IS 'what to LISTEN to; whoever knows the name can';
+COMMENT ON COLUMN chat.chat_session.server IS 'foreign server of wrapper chat_llm; null: chat.default_server';
+COMMENT ON COLUMN chat.chat_session.settings IS 'model, temperature and the like; they go before the server''s options';
+COMMENT ON COLUMN chat.chat_session.next_sequence IS 'sequence of the next message';
 COMMENT ON TABLE chat.chat_message IS 'the entries of a conversation, in OpenAI roles';
+COMMENT ON COLUMN chat.chat_message.parts IS 'content in the API''s own parts; goes to the model instead of content';
+COMMENT ON COLUMN chat.chat_message.active IS 'whether it is of the branch that the model and the functions see';
+COMMENT ON COLUMN chat.chat_message.metadata IS 'model, finish reason, usage and the like; interrupted: true marks an answer that was cut short';
 COMMENT ON TABLE chat.chat_task IS 'turns: from a user''s message to the final answer';
 COMMENT ON TABLE chat.chat_job IS 'the queue that the workers take their jobs from';
 COMMENT ON TABLE chat.chat_event IS 'event streams of tasks, in the AI SDK''s UI message stream vocabulary';
@@ -193,6 +202,16 @@ ALTER TABLE chat.chat_message ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_task ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_event ENABLE ROW LEVEL SECURITY;
+-- what has no policy shows nothing, whatever a DBA grants by mistake
+ALTER TABLE chat.chat_event_slot ENABLE ROW LEVEL SECURITY;
+DO $$
+BEGIN
+	FOR i IN 0 .. 7 LOOP
+		EXECUTE pg_catalog.format('ALTER TABLE chat.chat_event_%s
+			ENABLE ROW LEVEL SECURITY', i);
+	END LOOP;
+END
+$$;
 
 CREATE POLICY visible ON chat.chat_session FOR SELECT USING (
 	pg_catalog.pg_has_role(owner, 'USAGE')
@@ -219,6 +238,207 @@ ALTER TABLE chat.chat_job ENABLE ALWAYS TRIGGER ring;
 --
 -- Data functions
 --
+-- What only reads is SQL and runs as the caller, under row-level security;
+-- what writes is C.
+--
+
+CREATE FUNCTION chat.create_chat_session(
+	session_id uuid DEFAULT NULL,
+	user_id text DEFAULT NULL,
+	title text DEFAULT NULL,
+	server name DEFAULT NULL,
+	settings jsonb DEFAULT NULL,
+	metadata jsonb DEFAULT NULL,
+	owner regrole DEFAULT NULL,
+	channel name DEFAULT NULL)
+RETURNS chat.chat_session
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_create';
+COMMENT ON FUNCTION chat.create_chat_session IS 'creates a session and returns its row';
+
+CREATE FUNCTION chat.get_chat_session(session_id uuid, user_id text DEFAULT NULL)
+RETURNS jsonb
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT pg_catalog.jsonb_build_object(
+		'session_id', s.id,
+		'user_id', s.user_id,
+		'title', s.title,
+		'credentials', s.credentials,
+		'successful_agent_runs', s.successful_agent_runs,
+		'successful_agent_schedules', s.successful_agent_schedules,
+		'settings', s.settings,
+		'metadata', s.metadata,
+		'server', s.server,
+		'channel', s.channel,
+		'total_prompt_tokens', s.total_prompt_tokens,
+		'total_completion_tokens', s.total_completion_tokens,
+		'usage', CASE WHEN s.total_prompt_tokens > 0 OR s.total_completion_tokens > 0
+			THEN pg_catalog.jsonb_build_array(pg_catalog.jsonb_build_object(
+				'prompt_tokens', s.total_prompt_tokens,
+				'completion_tokens', s.total_completion_tokens,
+				'total_tokens', s.total_prompt_tokens::numeric + s.total_completion_tokens))
+			ELSE '[]' END,
+		'created_at', s.created_at,
+		'updated_at', s.updated_at,
+		'messages', COALESCE((
+			SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+				'message_id', m.id,
+				'sequence', m.sequence,
+				'role', m.role,
+				'content', m.content,
+				'parts', m.parts,
+				'name', m.name,
+				'tool_call_id', m.tool_call_id,
+				'refusal', m.refusal,
+				'tool_calls', m.tool_calls,
+				'function_call', m.function_call,
+				'task_id', m.task_id,
+				'metadata', m.metadata,
+				'created_at', m.created_at) ORDER BY m.sequence)
+			FROM chat.chat_message AS m
+			WHERE m.session_id = s.id AND m.active), '[]'),
+		'queued', COALESCE((
+			SELECT pg_catalog.jsonb_agg(t.input ORDER BY t.place)
+			FROM chat.chat_task AS t
+			WHERE t.session_id = s.id AND t.status = 'queued'
+				AND t.input IS NOT NULL), '[]'))
+	FROM chat.chat_session AS s
+	WHERE s.id = get_chat_session.session_id
+		AND (get_chat_session.user_id IS NULL
+			OR s.user_id = get_chat_session.user_id);
+END;
+COMMENT ON FUNCTION chat.get_chat_session IS 'a session with its messages, as a document';
+
+CREATE FUNCTION chat.get_chat_messages(
+	session_id uuid,
+	before_sequence bigint DEFAULT NULL,
+	max_rows integer DEFAULT NULL)
+RETURNS SETOF chat.chat_message
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT p.*
+	FROM (SELECT m.*
+		FROM chat.chat_message AS m
+		WHERE m.session_id = get_chat_messages.session_id AND m.active
+			AND m.sequence < COALESCE(before_sequence, 9223372036854775807)
+		ORDER BY m.sequence DESC
+		LIMIT max_rows) AS p
+	ORDER BY p.sequence;
+END;
+COMMENT ON FUNCTION chat.get_chat_messages IS 'the newest messages of a session, or those before a sequence, in order';
+
+CREATE FUNCTION chat.get_chat_session_message_count(session_id uuid)
+RETURNS bigint
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT pg_catalog.count(*)
+	FROM chat.chat_message AS m
+	WHERE m.session_id = get_chat_session_message_count.session_id AND m.active;
+END;
+COMMENT ON FUNCTION chat.get_chat_session_message_count IS 'how many messages a session has';
+
+CREATE FUNCTION chat.get_user_chat_sessions(
+	user_id text,
+	max_rows integer DEFAULT 50,
+	skip integer DEFAULT 0,
+	before_updated_at timestamptz DEFAULT NULL,
+	before_id uuid DEFAULT NULL)
+RETURNS SETOF chat.chat_session
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT s.*
+	FROM chat.chat_session AS s
+	WHERE s.user_id = get_user_chat_sessions.user_id
+		AND CASE
+			WHEN before_updated_at IS NULL THEN true
+			WHEN before_id IS NULL THEN s.updated_at < before_updated_at
+			ELSE (s.updated_at, s.id) < (before_updated_at, before_id)
+		END
+	ORDER BY s.updated_at DESC, s.id DESC
+	LIMIT max_rows OFFSET skip;
+END;
+COMMENT ON FUNCTION chat.get_user_chat_sessions IS 'sessions of a user, those changed last first; page with updated_at and id of the last row';
+
+CREATE FUNCTION chat.get_user_session_count(user_id text)
+RETURNS bigint
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT pg_catalog.count(*)
+	FROM chat.chat_session AS s
+	WHERE s.user_id = get_user_session_count.user_id;
+END;
+COMMENT ON FUNCTION chat.get_user_session_count IS 'how many sessions a user has';
+
+CREATE FUNCTION chat.upsert_chat_session(session jsonb)
+RETURNS jsonb
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_upsert';
+COMMENT ON FUNCTION chat.upsert_chat_session IS 'creates or updates a session from its document and appends the messages that are new; returns the document as stored';
+
+CREATE FUNCTION chat.update_chat_session(
+	session_id uuid,
+	credentials jsonb DEFAULT NULL,
+	successful_agent_runs jsonb DEFAULT NULL,
+	successful_agent_schedules jsonb DEFAULT NULL,
+	total_prompt_tokens bigint DEFAULT NULL,
+	total_completion_tokens bigint DEFAULT NULL,
+	title text DEFAULT NULL,
+	settings jsonb DEFAULT NULL,
+	metadata jsonb DEFAULT NULL)
+RETURNS chat.chat_session
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_update';
+COMMENT ON FUNCTION chat.update_chat_session IS 'sets what is not null; returns the row, or null if there is none';
+
+CREATE FUNCTION chat.update_session_title(session_id uuid, title text)
+RETURNS boolean
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_set_title';
+COMMENT ON FUNCTION chat.update_session_title IS 'sets the title; returns whether there is such a session';
+
+CREATE FUNCTION chat.assign_user_to_session(session_id uuid, user_id text)
+RETURNS chat.chat_session
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_assign';
+COMMENT ON FUNCTION chat.assign_user_to_session IS 'gives a session to a user of the application; returns the row';
+
+CREATE FUNCTION chat.delete_chat_session(session_id uuid, user_id text DEFAULT NULL)
+RETURNS boolean
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_delete';
+COMMENT ON FUNCTION chat.delete_chat_session IS 'deletes a session with all that belongs to it; returns whether there was one';
+
+CREATE FUNCTION chat.add_chat_message(
+	session_id uuid,
+	role text,
+	content text DEFAULT NULL,
+	name text DEFAULT NULL,
+	tool_call_id text DEFAULT NULL,
+	refusal text DEFAULT NULL,
+	tool_calls jsonb DEFAULT NULL,
+	function_call jsonb DEFAULT NULL,
+	parts jsonb DEFAULT NULL,
+	message_id uuid DEFAULT NULL,
+	sequence bigint DEFAULT NULL)
+RETURNS chat.chat_message
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_add_message';
+COMMENT ON FUNCTION chat.add_chat_message IS 'appends a message and returns its row';
+
+CREATE FUNCTION chat.add_chat_messages_batch(
+	session_id uuid,
+	messages jsonb,
+	start_sequence bigint DEFAULT NULL)
+RETURNS SETOF chat.chat_message
+LANGUAGE c VOLATILE ROWS 10 AS 'MODULE_PATHNAME', 'chat_session_add_batch';
+COMMENT ON FUNCTION chat.add_chat_messages_batch IS 'appends an array of messages, all or none, and returns their rows';
+
+CREATE FUNCTION chat.update_tool_message_content(
+	session_id uuid,
+	tool_call_id text,
+	new_content text)
+RETURNS boolean
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_set_tool_content';
+COMMENT ON FUNCTION chat.update_tool_message_content IS 'replaces the content of the newest tool message of a tool call; returns whether there is one';
+
+CREATE FUNCTION chat.to_openai_messages(session_id uuid)
+RETURNS jsonb
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'chat_to_openai_messages';
+COMMENT ON FUNCTION chat.to_openai_messages IS 'the messages of a session as a chat completions request holds them';
 
 --
 -- Endpoints
@@ -265,6 +485,39 @@ COMMENT ON FUNCTION chat.check_installation() IS
 -- stands above.
 --
 
+-- What a role needs, as fragments of GRANT: the tables whose rows a policy
+-- chooses, the views, and all routines but those of the administrator.
+CREATE FUNCTION chat.usage_objects() RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+	WITH administration AS (
+		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
+			'grant_callback', 'reassign_owner', 'pause', 'resume', 'drain',
+			'chat_llm_validator']::name[] AS names),
+	member AS (
+		SELECT d.classid, d.objid
+		FROM pg_depend AS d
+			JOIN pg_extension AS e ON e.oid = d.refobjid
+		WHERE d.refclassid = 'pg_extension'::regclass
+			AND d.deptype = 'e' AND e.extname = 'chat')
+	SELECT 'USAGE ON SCHEMA chat'
+	UNION ALL
+	SELECT format('SELECT ON TABLE %s', c.oid::regclass)
+	FROM member AS m
+		JOIN pg_class AS c ON c.oid = m.objid
+	WHERE m.classid = 'pg_class'::regclass
+		AND (c.relkind = 'v'
+			OR c.relkind IN ('r', 'p') AND c.relrowsecurity
+				AND EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = c.oid))
+	UNION ALL
+	SELECT format('EXECUTE ON ROUTINE %s', p.oid::regprocedure)
+	FROM member AS m
+		JOIN pg_proc AS p ON p.oid = m.objid
+	WHERE m.classid = 'pg_proc'::regclass
+		AND p.prorettype <> 'trigger'::regtype
+		AND p.proname <> ALL ((SELECT a.names FROM administration AS a)::name[])
+$$;
+COMMENT ON FUNCTION chat.usage_objects() IS 'what grant_usage() grants, as fragments of GRANT';
+
 CREATE FUNCTION chat.grant_usage(role regrole) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -275,6 +528,8 @@ BEGIN
 	END LOOP;
 END
 $$;
+COMMENT ON FUNCTION chat.grant_usage(regrole) IS 'lets a role use chat; again after an update of the extension';
+
 CREATE FUNCTION chat.revoke_usage(role regrole) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -285,3 +540,42 @@ BEGIN
 	END LOOP;
 END
 $$;
+COMMENT ON FUNCTION chat.revoke_usage(regrole) IS 'takes back what grant_usage() granted';
+
+-- Nothing is granted to anybody, also where default privileges say otherwise.
+DO $$
+DECLARE
+	what text;
+BEGIN
+	FOR what IN
+		SELECT pg_catalog.format('REVOKE ALL ON %s FROM %s', o.name,
+			CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END)
+		FROM (
+			SELECT 'SCHEMA chat', n.nspacl, n.nspowner
+			FROM pg_catalog.pg_namespace AS n
+			WHERE n.nspname = 'chat'
+			UNION ALL
+			SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END
+				|| c.oid::regclass, c.relacl, c.relowner
+			FROM pg_catalog.pg_class AS c
+			WHERE c.relnamespace = 'chat'::regnamespace
+				AND c.relkind IN ('r', 'p', 'v', 'S')
+			UNION ALL
+			SELECT 'ROUTINE ' || p.oid::regprocedure,
+				COALESCE(p.proacl, pg_catalog.acldefault('f', p.proowner)), p.proowner
+			FROM pg_catalog.pg_proc AS p
+			WHERE p.pronamespace = 'chat'::regnamespace) AS o(name, acl, owner),
+			LATERAL pg_catalog.aclexplode(o.acl) AS a
+		WHERE a.grantee <> o.owner
+	LOOP
+		EXECUTE what;
+	END LOOP;
+END
+$$;
+
+-- A dump carries the conversations, not the queue and the event streams: a
+-- restored database calls no LLM again.
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_session', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_message', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_task', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_task_place_seq', '');

@@ -41,6 +41,9 @@
 
 #ifndef FRONTEND
 
+/* 18 has its own word for it */
+#define CHAT_NORETURN __attribute__((noreturn))
+
 /* 15 declares neither; its exported functions need the visibility, too. */
 #if PG_VERSION_NUM < 160000
 #define CHAT_INIT_EXPORT PGDLLEXPORT

@@ -10,6 +10,8 @@
 #include "utils/jsonb.h"
 #include "utils/uuid.h"
 
+#include "compat.h"
+
 /*
  * Raises an error (22023) unless all members are settings that a session
  * may have, of the right type and in range.
@@ -20,7 +22,6 @@ extern void chat_session_check_settings(Jsonb *settings);
  * Raises P0002 (no_data_found).  A session that the caller may not see and
  * one that does not exist are the same.  id may be NULL.
  */
-extern void chat_session_missing(const pg_uuid_t *id)
-			pg_attribute_noreturn();
+extern CHAT_NORETURN void chat_session_missing(const pg_uuid_t *id);
 
 #endif							/* CHAT_SESSION_H */
