@@ -265,7 +265,7 @@ COPY (SELECT repeat('x', 65535)) TO :'key_file';
 SELECT * FROM chat_mapping_of_user();
 COPY (SELECT repeat('x', 65536)) TO :'key_file';
 SELECT * FROM chat_mapping_of_user();
-COPY (SELECT repeat('x', 65535) || E'\n' || 'y') TO :'key_file';
+COPY (VALUES (repeat('x', 65536)), ('y')) TO :'key_file';
 SELECT * FROM chat_mapping_of_user();
 COPY (SELECT 1) TO :'key_file' (FORMAT binary);
 SELECT * FROM chat_mapping_of_user();
