@@ -122,16 +122,23 @@ cut_chars(ChatStr s, size_t n)
 	return s;
 }
 
+/* Is this white space, as JSON sees it? */
+static bool
+is_space(char c)
+{
+	return c == ' ' || c == '\n' || c == '\r' || c == '\t';
+}
+
 /* Takes white space off both ends. */
 static ChatStr
 trim(ChatStr s)
 {
-	while (s.len > 0 && (unsigned char) s.data[0] <= ' ')
+	while (s.len > 0 && is_space(s.data[0]))
 	{
 		s.data++;
 		s.len--;
 	}
-	while (s.len > 0 && (unsigned char) s.data[s.len - 1] <= ' ')
+	while (s.len > 0 && is_space(s.data[s.len - 1]))
 		s.len--;
 	return s;
 }
@@ -1178,7 +1185,10 @@ read_error(int http_status, const char *body, size_t len,
 	ChatStr		text = {body, len};
 
 	if (parse(&ps, text))
-		finish_error(&ps);
+	{
+		if (!ps.chunk.is_error)
+			finish_error(&ps);
+	}
 	else
 	{
 		memset(&ps.chunk, 0, sizeof(ps.chunk));
