@@ -21,7 +21,7 @@ ifneq (,$(filter $(FRONT),$(MAKECMDGOALS)))
 override MESSAGE := $(value MESSAGE)
 override CHAT_API_KEY := $(value CHAT_API_KEY)
 export MESSAGE CHAT_API_KEY CHAT_BASE_URL CHAT_MODEL KEEP
-export PG_CONFIG COPT FUZZ_SECONDS MAKE
+export PG_CONFIG COPT FUZZ_SECONDS SYSTEM_INSTALL MAKE
 
 check:
 	@test/install-deps check
@@ -53,13 +53,13 @@ else
 
 MODULE_big = chat
 EXTENSION = chat
-VERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" chat.control)
+CHAT_VERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" chat.control)
 DATA = $(wildcard sql/chat--*.sql)
 SRCS = $(wildcard src/*.c)
 OBJS = $(SRCS:.c=.o)
 
 PG_CPPFLAGS = $(shell curl-config --cflags) -Isrc \
-	-isystem $(includedir_server) -DCHAT_VERSION='"$(VERSION)"'
+	-isystem $(includedir_server) -DCHAT_VERSION='"$(CHAT_VERSION)"'
 PG_CFLAGS = -Wextra -Wno-unused-parameter
 SHLIB_LINK = $(shell curl-config --libs)
 
@@ -67,14 +67,13 @@ SHLIB_LINK = $(shell curl-config --libs)
 override with_llvm := no
 
 # Only what the server looks up is exported.  16 and later see to it.
-ifeq ($(findstring linux,$(shell uname -s | tr L l)),linux)
-EXPORTS = $(if $(filter 15,$(MAJORVERSION)),build/chat.exports)
-SHLIB_LINK += $(if $(EXPORTS),-Wl,--version-script=$(EXPORTS))
-endif
+EXPORTS = $(if $(filter 15-linux,$(MAJORVERSION)-$(PORTNAME)),build/chat.exports)
+EXPORTS_FLAG = -Wl,--version-script=$(EXPORTS)
+SHLIB_LINK += $(if $(EXPORTS),$(EXPORTS_FLAG))
 
 # Regression tests, in this order; the first one creates the extension.
 # Inputs are sql/NAME.sql, expected output is in expected/NAME.out.
-REGRESS = install
+REGRESS = install endpoint
 REGRESS_OPTS = --encoding=UTF8
 
 # Isolation specs: test/isolation/specs/NAME.spec
@@ -157,8 +156,8 @@ all install installcheck uninstall tools unit fuzz:
 clean:
 	rm -rf $(OBJS) chat.so $(EXTRA_CLEAN)
 
-print-VERSION:
-	@echo $(VERSION)
+print-CHAT_VERSION:
+	@echo $(CHAT_VERSION)
 
 .PHONY: all install installcheck uninstall tools unit fuzz clean
 

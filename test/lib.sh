@@ -66,9 +66,9 @@ workdir_open()
 	trap 'exit 130' INT
 	trap 'exit 143' TERM
 	chmod 755 "$WORK"
-	mkdir "$WORK/run"
+	mkdir "$WORK/run" "$WORK/run/tmp"
 	if [ -n "$RUN_USER" ]; then
-		chown "$RUN_USER:" "$WORK/run"
+		chown "$RUN_USER:" "$WORK/run" "$WORK/run/tmp"
 	fi
 }
 
@@ -83,7 +83,7 @@ exec_as_user()
 	fi
 	cd "$WORK/run" || exit 1
 	exec env -i "PATH=$BINDIR:$PATH" "HOME=$WORK/run" LANG=C.UTF-8 \
-		"TERM=${TERM:-dumb}" "TMPDIR=${TMPDIR:-/tmp}" \
+		"TERM=${TERM:-dumb}" "TMPDIR=$WORK/run/tmp" \
 		${PGHOST+"PGHOST=$PGHOST"} ${PGPORT+"PGPORT=$PGPORT"} \
 		${PGUSER+"PGUSER=$PGUSER"} ${PGDATABASE+"PGDATABASE=$PGDATABASE"} \
 		"${drop[@]}" "$@"
@@ -184,11 +184,13 @@ build()
 # Prints the server's settings that find the staged extension.
 stage_settings()
 {
-	local lib=$WORK/stage$PKGLIBDIR
+	local lib=$WORK/stage$PKGLIBDIR settings
 
+	# not into grep -q: it would end the pipe early, which is an error here
+	settings=$("$BINDIR/postgres" --describe-config)
 	if [ "$PG_MAJOR" -ge 18 ]; then
 		echo "extension_control_path = '$WORK/stage$SHAREDIR:\$system'"
-	elif "$BINDIR/postgres" --describe-config | grep -q '^extension_destdir'; then
+	elif grep -q '^extension_destdir' <<<"$settings"; then
 		echo "extension_destdir = '$WORK/stage'"
 	else
 		return 1
@@ -196,14 +198,22 @@ stage_settings()
 	echo "dynamic_library_path = '$lib:\$libdir'"
 }
 
-# Installs into $WORK/stage and writes the settings of all test clusters.
+# Installs into $WORK/stage and writes the settings of all test clusters.  A
+# server that finds extensions in its own directories only gets a real
+# installation, but only when the caller allows that.
 stage()
 {
-	build DESTDIR="$WORK/stage" install
-	if ! stage_settings >"$WORK/temp.conf"; then
-		echo "This PostgreSQL $PG_MAJOR has no extension_destdir (Debian's have):"
-		echo "installing into $PKGLIBDIR and $SHAREDIR."
-		rm -rf "$WORK/stage"
+	if stage_settings >"$WORK/temp.conf"; then
+		build DESTDIR="$WORK/stage" install
+	else
+		if [ -z "${SYSTEM_INSTALL:-}" ]; then
+			die "this PostgreSQL $PG_MAJOR has no extension_destdir (Debian's have)
+and can only be tested with the extension installed into
+	$PKGLIBDIR
+	$SHAREDIR/extension
+Allow that with SYSTEM_INSTALL=1; \"make uninstall\" takes it back."
+		fi
+		echo "SYSTEM_INSTALL: installing into $PKGLIBDIR and $SHAREDIR"
 		: >"$WORK/temp.conf"
 		build install
 	fi

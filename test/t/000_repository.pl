@@ -1,0 +1,76 @@
+# Is the repository consistent: one version, every test listed, nothing
+# exported that the server does not look for?
+
+use strict;
+use warnings;
+
+use FindBin;
+use JSON::PP ();
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+chdir "$FindBin::RealBin/../.." or die "chdir: $!";
+
+# the version
+my ($version) = slurp_file('chat.control') =~ /^default_version = '([\d.]+)'$/m;
+ok($version, 'chat.control has a version');
+my $meta = JSON::PP->new->decode(slurp_file('META.json'));
+is($meta->{version}, $version, 'META.json: version of the distribution');
+is($meta->{provides}{chat}{version},
+	$version, 'META.json: version of the extension');
+is($meta->{provides}{chat}{file},
+	"sql/chat--$version.sql", 'META.json: install script');
+ok(-e "sql/chat--$version.sql", 'there is an install script');
+like(slurp_file('CHANGELOG.md'),
+	qr/^## \Q$version\E /m, 'CHANGELOG.md has an entry');
+
+# every regression test is run and has its output, and the other way round
+my ($regress) = slurp_file('Makefile') =~ /^REGRESS = ((?:.*\\\n)*.*)$/m;
+my @listed = sort grep { $_ ne '\\' } split ' ', $regress;
+my @inputs = sort grep { !/^chat--/ } map { m{sql/(.*)\.sql} } glob 'sql/*.sql';
+my @outputs = sort grep { !/_\d$/ } map { m{expected/(.*)\.out} }
+  glob 'expected/*.out';
+is_deeply(\@inputs, \@listed, 'regression tests in sql/ are in REGRESS');
+is_deeply(\@outputs, \@listed, 'regression tests have their output');
+my @specs = map { m{specs/(.*)\.spec} } glob 'test/isolation/specs/*.spec';
+my @results = grep { !/_\d$/ } map { m{expected/(.*)\.out} }
+  glob 'test/isolation/expected/*.out';
+is_deeply(\@results, \@specs, 'isolation specs have their output');
+
+# exported symbols: what CREATE FUNCTION names, and what a module must have
+my $library = $ENV{CHAT_LIBRARY};
+if (!$library)
+{
+	chomp(my $dir = `pg_config --pkglibdir`);
+	$library = "$dir/chat.so";
+}
+my @exported = map { (split)[2] } grep { / [TBDRVW] / }
+  split /\n/, `nm -D --defined-only '$library'`;
+my %wanted = map { $_ => 1 } qw(Pg_magic_func _PG_init);
+foreach my $file (glob 'src/*.c')
+{
+	my $source = slurp_file($file);
+	while ($source =~ /^PG_FUNCTION_INFO_V1\((\w+)\)/mg)
+	{
+		@wanted{ $1, "pg_finfo_$1" } = (1, 1);
+	}
+}
+ok(@exported > 0, 'the library exports something');
+is_deeply([ sort @exported ], [ sort keys %wanted ],
+	'it exports the functions of the extension and nothing else');
+
+# C functions of the install script are there
+my $script = slurp_file("sql/chat--$version.sql");
+my %symbols;
+$symbols{$1} = 1 while $script =~ /'MODULE_PATHNAME',\s*'(\w+)'/g;
+is_deeply([ grep { !$wanted{$_} } sort keys %symbols ],
+	[], 'the install script names no C function that is missing');
+
+# all differences between versions stand in compat.h
+my @elsewhere = grep {
+	$_ ne 'src/compat.h'
+	  && slurp_file($_) =~ /^\s*#\s*(?:el)?if.*(?:PG_VERSION|CURL_VERSION)/m
+} glob 'src/*.[ch]';
+is_deeply(\@elsewhere, [], 'versions are told apart in compat.h only');
+
+done_testing();
