@@ -41,7 +41,7 @@ typedef struct UrlHost
 	bool		bracketed;
 } UrlHost;
 
-/* Raises that a value is not what the option takes; returns for the compiler. */
+/* Raises that a value is not what the option takes. */
 static void
 refuse(const ChatOption *option, const char *value, const char *want)
 {

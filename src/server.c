@@ -12,6 +12,7 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -361,7 +362,7 @@ accept_key(const KeySource *source, char *key)
 	return key;
 }
 
-/* Opens a key's file: a regular one, as a pipe could keep the worker waiting. */
+/* Opens a key's file, a regular one: a pipe could keep the worker waiting. */
 static int
 open_key_file(const KeySource *source, const char *path)
 {
