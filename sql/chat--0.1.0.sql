@@ -478,6 +478,91 @@ COMMENT ON FUNCTION chat.check_installation() IS
 -- Runtime
 --
 
+CREATE FUNCTION chat.stream_chat_completion(
+	session_id uuid,
+	message text DEFAULT NULL,
+	is_user_message boolean DEFAULT true,
+	user_id text DEFAULT NULL,
+	context jsonb DEFAULT NULL,
+	message_id uuid DEFAULT NULL,
+	server name DEFAULT NULL,
+	options jsonb DEFAULT NULL)
+RETURNS uuid
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_stream_chat_completion';
+COMMENT ON FUNCTION chat.stream_chat_completion(uuid, text, boolean, text, jsonb, uuid, name, jsonb) IS
+'queues a message and the answer to it; returns the task at once, which starts when the transaction commits';
+
+CREATE FUNCTION chat.cancel_task(task_id uuid) RETURNS boolean
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_cancel_task';
+COMMENT ON FUNCTION chat.cancel_task(uuid) IS
+'ends a task; true if it was this call that did';
+
+CREATE PROCEDURE chat.ask(
+	message text,
+	session_id uuid DEFAULT NULL,
+	INOUT answer text DEFAULT NULL)
+LANGUAGE c AS 'MODULE_PATHNAME', 'chat_ask';
+COMMENT ON PROCEDURE chat.ask(text, uuid, text) IS
+'sends a message, waits for the answer and returns it; without a session, in a new one';
+
+CREATE FUNCTION chat.get_task(task_id uuid) RETURNS chat.chat_task
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT t FROM chat.chat_task AS t WHERE t.id = get_task.task_id;
+END;
+COMMENT ON FUNCTION chat.get_task(uuid) IS
+'a task, or NULL';
+
+CREATE FUNCTION chat.get_active_task(session_id uuid) RETURNS chat.chat_task
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT t FROM chat.chat_task AS t
+	WHERE t.session_id = get_active_task.session_id
+		AND t.status IN ('running', 'queued', 'waiting')
+	ORDER BY t.status = 'running' DESC, t.place LIMIT 1;
+END;
+COMMENT ON FUNCTION chat.get_active_task(uuid) IS
+'the task that runs in a session, else the next one, or NULL';
+
+CREATE FUNCTION chat.get_task_events(
+	task_id uuid,
+	after_seq bigint DEFAULT 0,
+	max_rows integer DEFAULT NULL)
+RETURNS TABLE (seq bigint, payload json, created_at timestamptz)
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT e.seq, e.payload, e.created_at FROM chat.chat_event AS e
+	WHERE e.slot = (SELECT t.slot FROM chat.chat_task AS t
+			WHERE t.id = get_task_events.task_id)
+		AND e.task_id = get_task_events.task_id
+		AND e.seq > get_task_events.after_seq
+	ORDER BY e.seq LIMIT get_task_events.max_rows;
+END;
+COMMENT ON FUNCTION chat.get_task_events(uuid, bigint, integer) IS
+'the events of a task after a sequence number, in order';
+
+CREATE FUNCTION chat.worker_status(
+	OUT pid integer,
+	OUT state text,
+	OUT started_at timestamptz,
+	OUT open_streams bigint,
+	OUT stream_limit bigint,
+	OUT requests bigint,
+	OUT completed bigint,
+	OUT failed bigint,
+	OUT cancelled bigint,
+	OUT retried bigint,
+	OUT events bigint,
+	OUT flushes bigint,
+	OUT unnotified bigint)
+RETURNS SETOF record
+LANGUAGE c VOLATILE PARALLEL RESTRICTED
+AS 'MODULE_PATHNAME', 'chat_worker_status';
+COMMENT ON FUNCTION chat.worker_status() IS
+'the workers of this database and what they have counted since they started';
+
 --
 -- Access
 --

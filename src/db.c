@@ -154,12 +154,19 @@ chat_db_begin(const char *activity)
 	pgstat_report_activity(STATE_RUNNING, activity);
 }
 
-/* Commits what chat_db_begin() started and flushes the statistics. */
+/*
+ * Commits what chat_db_begin() started and flushes the statistics.  A commit
+ * that is not durable does not wait for the log: a crash may undo it.
+ */
 void
-chat_db_commit(void)
+chat_db_commit(bool durable)
 {
 	chat_db_leave(&worker_scope);
 	PopActiveSnapshot();
+	if (!durable)
+		(void) set_config_option("synchronous_commit", "off",
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
 	CommitTransactionCommand();
 	pgstat_report_stat(true);
 	pgstat_report_activity(STATE_IDLE, NULL);

@@ -66,7 +66,7 @@ extern void chat_db_leave(ChatScope *scope);
 extern void chat_db_caller(const ChatScope *scope, Datum *values);
 extern uint64 chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls);
 extern void chat_db_begin(const char *activity);
-extern void chat_db_commit(void);
+extern void chat_db_commit(bool durable);
 extern void chat_db_abort(void);
 extern Oid	chat_db_extension_owner(void);
 

@@ -1,0 +1,44 @@
+/*
+ * chat.c
+ *		The module: a durable LLM chat runtime.
+ *
+ * What is where: launcher.c and worker.c are the processes, stream.c is one
+ * live answer, queue.c, context.c and event.c are what a worker does in the
+ * tables, session.c and task.c are the functions that users call.  README.md
+ * says what they promise.
+ */
+#include "postgres.h"
+
+#include "fmgr.h"
+#include "utils/guc.h"
+
+#include "compat.h"
+#include "context.h"
+#include "db.h"
+#include "event.h"
+#include "launcher.h"
+#include "server.h"
+#include "shmem.h"
+#include "stream.h"
+#include "task.h"
+#include "worker.h"
+
+CHAT_MODULE_MAGIC;
+
+extern CHAT_INIT_EXPORT void _PG_init(void);
+
+/* Module load: each part declares its settings and installs its hooks. */
+void
+_PG_init(void)
+{
+	chat_db_init();
+	chat_shmem_init();
+	chat_server_init();
+	chat_event_init();
+	chat_context_init();
+	chat_stream_init();
+	chat_task_init();
+	chat_worker_init();
+	chat_launcher_init();
+	MarkGUCPrefixReserved("chat");
+}

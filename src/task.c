@@ -1,0 +1,537 @@
+/*
+ * task.c
+ *		The runtime functions that users call: stream_chat_completion,
+ *		cancel_task, ask, worker_status; and the trigger that rings.
+ *
+ * Owns the statements that put tasks and jobs into the tables.  A call holds
+ * its session's row lock and nothing else (P5): no notification, no lock of
+ * the queue; the worker is woken by latch when the transaction commits.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "storage/ipc.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/jsonb.h"
+#include "utils/tuplestore.h"
+
+#include "compat.h"
+#include "db.h"
+#include "server.h"
+#include "session.h"
+#include "shmem.h"
+#include "task.h"
+
+/* how long ask() waits before it looks whether a worker lives, in ms */
+#define ASK_SLICE 5000
+
+static int	max_message_length = 64000;
+
+PG_FUNCTION_INFO_V1(chat_job_ring);
+PG_FUNCTION_INFO_V1(chat_stream_chat_completion);
+PG_FUNCTION_INFO_V1(chat_cancel_task);
+PG_FUNCTION_INFO_V1(chat_ask);
+PG_FUNCTION_INFO_V1(chat_worker_status);
+
+/* CHAT_VISIBLE, $4 user_id that is asked for or NULL */
+CHAT_STMT(lock_session,
+		  "SELECT s.owner::oid, s.server::text, s.settings->>'model'"
+		  " FROM chat.chat_session AS s WHERE" CHAT_VISIBLE
+		  " AND ($4 IS NULL OR s.user_id = $4) FOR NO KEY UPDATE",
+		  CHAT_VISIBLE_TYPES, TEXTOID);
+
+/* $1 session, $2 message id */
+CHAT_STMT(find_task,
+		  "SELECT t.id FROM chat.chat_task AS t"
+		  " WHERE t.session_id = $1 AND t.message_id = $2"
+		  " UNION ALL SELECT NULL::uuid FROM chat.chat_message AS m"
+		  " WHERE m.session_id = $1 AND m.id = $2",
+		  UUIDOID, UUIDOID);
+
+/*
+ * $1 session, $2 message id, $3 role, $4 content (NULL: none), $5 context,
+ * $6 server, $7 options, $8 owner, $9 database
+ *
+ * Only the head task of a session has a job.
+ */
+CHAT_STMT(add_task,
+		  "WITH task AS ("
+		  " INSERT INTO chat.chat_task (session_id, message_id, input,"
+		  "  server, options)"
+		  " SELECT $1, $2, CASE WHEN $4 IS NOT NULL THEN"
+		  "  jsonb_build_object('role', $3, 'content', $4, 'metadata',"
+		  "   CASE WHEN $5 IS NULL THEN '{}'"
+		  "   ELSE jsonb_build_object('context', $5) END) END, $6, $7"
+		  " RETURNING id"
+		  "), job AS ("
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
+		  "  database)"
+		  " SELECT 'completion', $1, task.id, $8, $9 FROM task"
+		  " WHERE NOT EXISTS (SELECT FROM chat.chat_task AS t"
+		  "  WHERE t.session_id = $1 AND t.status IN ('queued', 'running')))"
+		  " SELECT id FROM task",
+		  UUIDOID, UUIDOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, JSONBOID,
+		  OIDOID, OIDOID);
+
+/* CHAT_VISIBLE of the session, $4 task: locks the session */
+CHAT_STMT(lock_task_session,
+		  "SELECT s.id FROM chat.chat_session AS s WHERE" CHAT_VISIBLE
+		  " FOR NO KEY UPDATE",
+		  CHAT_VISIBLE_TYPES);
+
+/* $1 task */
+CHAT_STMT(session_of_task,
+		  "SELECT session_id FROM chat.chat_task WHERE id = $1", UUIDOID);
+
+/* $1 task: ends it if it waits behind others, else asks its worker to */
+CHAT_STMT(cancel_task,
+		  "WITH job AS ("
+		  " UPDATE chat.chat_job SET cancel = true, run_at = '-infinity'"
+		  " WHERE task_id = $1 AND NOT cancel AND session_id ="
+		  "  (SELECT t.session_id FROM chat.chat_task AS t WHERE t.id = $1)"
+		  " RETURNING id"
+		  "), task AS ("
+		  " UPDATE chat.chat_task SET status = 'cancelled', input = NULL,"
+		  "  finished_at = now(), error = '{\"code\": \"cancelled\","
+		  "  \"message\": \"the task was cancelled\", \"retryable\": false}'"
+		  " WHERE id = $1 AND status = 'queued' AND NOT EXISTS"
+		  "  (SELECT FROM chat.chat_job AS j WHERE j.task_id = $1"
+		  "   AND j.session_id = chat_task.session_id)"
+		  " RETURNING id)"
+		  " SELECT id::text FROM job UNION ALL SELECT id::text FROM task",
+		  UUIDOID);
+
+/* Declares the settings of the calls. */
+void
+chat_task_init(void)
+{
+	DefineCustomIntVariable("chat.max_message_length",
+							"Most characters of a message.",
+							NULL, &max_message_length, 64000, 1, 100000000,
+							PGC_SUSET, 0, NULL, NULL, NULL);
+}
+
+/* Trigger on chat_job: rings when the transaction commits. */
+Datum
+chat_job_ring(PG_FUNCTION_ARGS)
+{
+	TriggerEvent event;
+
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("chat_job_ring was not called by a trigger")));
+	event = ((TriggerData *) fcinfo->context)->tg_event;
+	chat_shmem_ring_at_commit(!TRIGGER_FIRED_BY_INSERT(event));
+	return PointerGetDatum(NULL);
+}
+
+/* ---------- stream_chat_completion ---------- */
+
+/* The arguments of stream_chat_completion, NULL = not given. */
+typedef struct Call
+{
+	pg_uuid_t  *session;
+	text	   *message;
+	bool		is_user_message;
+	text	   *user_id;
+	Jsonb	   *context;
+	pg_uuid_t  *message_id;
+	char	   *server;
+	Jsonb	   *options;
+} Call;
+
+/* Reads the arguments, checks those that need no table. */
+static void
+read_call(FunctionCallInfo fcinfo, Call *c)
+{
+	memset(c, 0, sizeof(*c));
+	if (!PG_ARGISNULL(0))
+		c->session = PG_GETARG_UUID_P(0);
+	if (!PG_ARGISNULL(1))
+		c->message = PG_GETARG_TEXT_PP(1);
+	c->is_user_message = PG_ARGISNULL(2) || PG_GETARG_BOOL(2);
+	if (!PG_ARGISNULL(3))
+		c->user_id = PG_GETARG_TEXT_PP(3);
+	if (!PG_ARGISNULL(4))
+		c->context = PG_GETARG_JSONB_P(4);
+	if (!PG_ARGISNULL(5))
+		c->message_id = PG_GETARG_UUID_P(5);
+	if (!PG_ARGISNULL(6))
+		c->server = NameStr(*PG_GETARG_NAME(6));
+	if (!PG_ARGISNULL(7))
+		c->options = PG_GETARG_JSONB_P(7);
+}
+
+/* Raises an error unless the context is {"url": text, "content": text}. */
+static void
+check_context(Jsonb *context)
+{
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	v;
+	bool		bad = !JB_ROOT_IS_OBJECT(context);
+
+	it = JsonbIteratorInit(&context->root);
+	while (!bad && (token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+	{
+		if (token == WJB_KEY)
+			bad = !(v.val.string.len == 3 && memcmp(v.val.string.val, "url", 3) == 0) &&
+				!(v.val.string.len == 7 && memcmp(v.val.string.val, "content", 7) == 0);
+		else if (token == WJB_VALUE)
+			bad = v.type != jbvString && v.type != jbvNull;
+	}
+	if (bad)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid context"),
+				 errhint("A context is an object with the members \"url\" and \"content\", both of them text.")));
+}
+
+/* Checks the arguments that need no table. */
+static void
+check_call(const Call *c)
+{
+	if (c->session == NULL)
+		chat_session_missing(NULL);
+	if (c->message)
+	{
+		int			length = pg_mbstrlen_with_len(VARDATA_ANY(c->message),
+												  VARSIZE_ANY_EXHDR(c->message));
+
+		if (length > max_message_length)
+			ereport(ERROR,
+					(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
+					 errmsg("message is too long"),
+					 errdetail("It has %d characters; chat.max_message_length is %d.",
+							   length, max_message_length)));
+	}
+	if (c->context)
+		check_context(c->context);
+	if (c->options)
+		chat_session_check_settings(c->options);
+}
+
+/*
+ * Looks for the task that a message id has started already; false if there
+ * is none.  An id that a stored message has, but no task, is an error.
+ */
+static bool
+find_earlier(const Call *c, pg_uuid_t *task)
+{
+	Datum		values[2] = {UUIDPGetDatum(c->session), (Datum) 0};
+
+	if (c->message_id == NULL)
+		return false;
+	values[1] = UUIDPGetDatum(c->message_id);
+	if (chat_db_exec(&find_task, values, NULL) == 0)
+		return false;
+	if (chat_db_isnull(0, 1))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNIQUE_VIOLATION),
+				 errmsg("message id is taken"),
+				 errdetail("The session holds a message with this id that no call of stream_chat_completion has sent.")));
+	*task = chat_db_uuid(0, 1);
+	return true;
+}
+
+/* Locks the session; says whose it is and what endpoint it names. */
+static void
+lock_call_session(const Call *c, const ChatScope *scope, Oid *owner,
+				  char **server, char **model)
+{
+	Datum		values[4];
+	char		nulls[5] = "    ";
+
+	values[0] = UUIDPGetDatum(c->session);
+	chat_db_caller(scope, values);
+	values[3] = PointerGetDatum(c->user_id);
+	nulls[3] = c->user_id ? ' ' : 'n';
+	if (chat_db_exec(&lock_session, values, nulls) == 0)
+		chat_session_missing(c->session);
+	*owner = chat_db_oid(0, 1);
+	*server = c->server ? c->server : chat_db_text(0, 2);
+	if (*server == NULL)
+		*server = chat_server_default;
+	*model = chat_db_text(0, 3);
+}
+
+/* Returns the model that the call's options name, else the session's. */
+static const char *
+call_model(const Call *c, const char *session_model)
+{
+	JsonbValue	v;
+
+	if (c->options &&
+		getKeyJsonValueFromContainer(&c->options->root, "model", 5, &v) &&
+		v.type == jbvString)
+		return pnstrdup(v.val.string.val, v.val.string.len);
+	return session_model;
+}
+
+/* stream_chat_completion: queues a turn, returns its task. */
+Datum
+chat_stream_chat_completion(PG_FUNCTION_ARGS)
+{
+	Call		c;
+	ChatScope	scope;
+	Datum		values[9];
+	char		nulls[10] = "         ";
+	pg_uuid_t  *task = palloc(sizeof(pg_uuid_t));
+	Oid			owner;
+	char	   *server;
+	char	   *model;
+
+	chat_shmem_require();
+	read_call(fcinfo, &c);
+	check_call(&c);
+	chat_db_enter(&scope);
+	lock_call_session(&c, &scope, &owner, &server, &model);
+	if (!find_earlier(&c, task))
+	{
+		chat_server_check(server, owner, call_model(&c, model));
+		values[0] = UUIDPGetDatum(c.session);
+		values[1] = UUIDPGetDatum(c.message_id);
+		nulls[1] = c.message_id ? ' ' : 'n';
+		values[2] = CStringGetTextDatum(c.is_user_message ? "user" : "assistant");
+		values[3] = PointerGetDatum(c.message);
+		nulls[3] = c.message ? ' ' : 'n';
+		values[4] = PointerGetDatum(c.context);
+		nulls[4] = c.context ? ' ' : 'n';
+		values[5] = CStringGetTextDatum(server);
+		values[6] = c.options ? JsonbPGetDatum(c.options)
+			: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
+		values[7] = ObjectIdGetDatum(owner);
+		values[8] = ObjectIdGetDatum(MyDatabaseId);
+		chat_db_exec(&add_task, values, nulls);
+		*task = chat_db_uuid(0, 1);
+	}
+	chat_db_leave(&scope);
+	PG_RETURN_UUID_P(task);
+}
+
+/* ---------- cancel_task ---------- */
+
+/* cancel_task: true if this call ends the task. */
+Datum
+chat_cancel_task(PG_FUNCTION_ARGS)
+{
+	ChatScope	scope;
+	Datum		values[3];
+	pg_uuid_t	session;
+	bool		ended = false;
+
+	chat_shmem_require();
+	chat_db_enter(&scope);
+	values[0] = PG_GETARG_DATUM(0);
+	if (chat_db_exec(&session_of_task, values, NULL) > 0)
+	{
+		session = chat_db_uuid(0, 1);
+		values[0] = UUIDPGetDatum(&session);
+		chat_db_caller(&scope, values);
+		if (chat_db_exec(&lock_task_session, values, NULL) > 0)
+		{
+			values[0] = PG_GETARG_DATUM(0);
+			ended = chat_db_exec(&cancel_task, values, NULL) > 0;
+		}
+	}
+	chat_db_leave(&scope);
+	PG_RETURN_BOOL(ended);
+}
+
+/* ---------- ask ---------- */
+
+/* Undoes chat_shmem_wait_prepare() when an error or the end interrupts. */
+static void
+stop_waiting(int code, Datum task)
+{
+	chat_shmem_wait_cancel(DatumGetUUIDP(task));
+}
+
+/* Runs a statement of ask() with the caller's rights; returns one value. */
+static Datum
+ask_one(const char *sql, int nargs, Oid *types, Datum *values, bool *isnull)
+{
+	int			rc = SPI_execute_with_args(sql, nargs, types, values, NULL,
+										   false, 1);
+
+	if (rc < 0 || SPI_processed != 1)
+		elog(ERROR, "could not execute \"%s\": %s", sql,
+			 SPI_result_code_string(rc));
+	return SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1,
+						 isnull);
+}
+
+/* True when the task has ended; waits for news otherwise, in no transaction. */
+static bool
+ask_look(pg_uuid_t *task)
+{
+	Oid			types[1] = {UUIDOID};
+	Datum		values[1] = {UUIDPGetDatum(task)};
+	volatile bool ended = false;
+	uint64		seen = chat_shmem_wait_prepare(task);
+
+	PG_ENSURE_ERROR_CLEANUP(stop_waiting, UUIDPGetDatum(task));
+	{
+		bool		isnull;
+
+		ended = DatumGetBool(ask_one("SELECT COALESCE((SELECT t.status IN ('completed', 'failed', 'cancelled')"
+									 " FROM chat.chat_task AS t WHERE t.id OPERATOR(pg_catalog.=) $1), true)",
+									 1, types, values, &isnull));
+		SPI_commit();
+		if (!ended && !chat_shmem_wait(task, seen, ASK_SLICE))
+		{
+			int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
+
+			if (chat_shmem_live(MyDatabaseId, live) == 0)
+				ereport(ERROR,
+						(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						 errmsg("no chat worker runs in this database"),
+						 errdetail("The task stays queued."),
+						 errhint("Look at SELECT * FROM chat.check_installation().")));
+		}
+	}
+	PG_END_ENSURE_ERROR_CLEANUP(stop_waiting, UUIDPGetDatum(task));
+	stop_waiting(0, UUIDPGetDatum(task));
+	return ended;
+}
+
+/* Returns the answer of a task that has ended; raises its error. */
+static Datum
+ask_answer(pg_uuid_t *task, bool *isnull)
+{
+	Oid			types[1] = {UUIDOID};
+	Datum		values[1] = {UUIDPGetDatum(task)};
+	Datum		error;
+	Datum		answer;
+
+	error = ask_one("SELECT (SELECT t.error OPERATOR(pg_catalog.->>) 'message' FROM chat.chat_task AS t"
+					" WHERE t.id OPERATOR(pg_catalog.=) $1)",
+					1, types, values, isnull);
+	if (!*isnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_EXTERNAL_ROUTINE_EXCEPTION),
+				 errmsg("%s", TextDatumGetCString(error)),
+				 errdetail("Task %s has failed.",
+						   DatumGetCString(DirectFunctionCall1(uuid_out, values[0])))));
+	answer = ask_one("SELECT (SELECT COALESCE(m.content, m.refusal) FROM chat.chat_message AS m"
+					 " WHERE m.task_id OPERATOR(pg_catalog.=) $1"
+					 " AND m.session_id OPERATOR(pg_catalog.=) (SELECT t.session_id FROM chat.chat_task AS t"
+					 "  WHERE t.id OPERATOR(pg_catalog.=) $1)"
+					 " AND m.role OPERATOR(pg_catalog.=) 'assistant'"
+					 " ORDER BY m.sequence DESC LIMIT 1)",
+					 1, types, values, isnull);
+	return *isnull ? (Datum) 0 : SPI_datumTransfer(answer, false, -1);
+}
+
+/* Starts the turn of ask(), in a new session if none is given. */
+static pg_uuid_t *
+ask_start(FunctionCallInfo fcinfo)
+{
+	Oid			types[2] = {UUIDOID, TEXTOID};
+	Datum		values[2] = {PG_GETARG_DATUM(1), PG_GETARG_DATUM(0)};
+	bool		isnull;
+	pg_uuid_t  *task = MemoryContextAlloc(fcinfo->flinfo->fn_mcxt,
+										  sizeof(pg_uuid_t));
+
+	if (PG_ARGISNULL(1))
+	{
+		pg_uuid_t  *session = palloc(sizeof(pg_uuid_t));
+
+		*session = *DatumGetUUIDP(ask_one("SELECT (chat.create_chat_session()).id",
+										  0, NULL, NULL, &isnull));
+		values[0] = UUIDPGetDatum(session);
+	}
+	*task = *DatumGetUUIDP(ask_one("SELECT chat.stream_chat_completion($1, $2)",
+								   2, types, values, &isnull));
+	return task;
+}
+
+/* ask: commits, waits, returns the answer. */
+Datum
+chat_ask(PG_FUNCTION_ARGS)
+{
+	TupleDesc	desc;
+	Datum		answer;
+	bool		isnull;
+	pg_uuid_t  *task;
+
+	chat_shmem_require();
+	if (fcinfo->context == NULL || !IsA(fcinfo->context, CallContext) ||
+		castNode(CallContext, fcinfo->context)->atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("chat.ask() cannot run inside a transaction block"),
+				 errhint("Call chat.stream_chat_completion() and commit.")));
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("message must not be null")));
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	desc = BlessTupleDesc(desc);
+	SPI_connect_ext(SPI_OPT_NONATOMIC);
+	task = ask_start(fcinfo);
+	SPI_commit();
+	while (!ask_look(task))
+		;
+	answer = ask_answer(task, &isnull);
+	SPI_finish();
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(desc, &answer, &isnull)));
+}
+
+/* ---------- worker_status ---------- */
+
+/* Adds the row of one worker. */
+static void
+put_worker(ReturnSetInfo *rsinfo, const ChatSlot *slot)
+{
+	ChatCounters *c = (ChatCounters *) &slot->counters;
+	pg_atomic_uint64 *counters[] = {
+		&c->open_streams, &c->limit, &c->started, &c->completed, &c->failed,
+		&c->cancelled, &c->retried, &c->events, &c->flushes, &c->unnotified
+	};
+	Datum		values[3 + lengthof(counters)];
+	bool		nulls[3 + lengthof(counters)] = {0};
+
+	values[0] = Int32GetDatum(slot->pid);
+	nulls[0] = slot->pid == 0;
+	values[1] = CStringGetTextDatum(slot->state == CHAT_SLOT_RUNNING
+									? "running" : "starting");
+	values[2] = TimestampTzGetDatum(slot->started_at);
+	for (int i = 0; i < lengthof(counters); i++)
+		values[3 + i] = Int64GetDatum((int64) pg_atomic_read_u64(counters[i]));
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}
+
+/* worker_status: the workers of this database. */
+Datum
+chat_worker_status(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	ChatSlot   *slots;
+	int			n = 0;
+
+	InitMaterializedSRF(fcinfo, 0);
+	if (chat_shared == NULL)
+		return (Datum) 0;
+	slots = palloc(sizeof(ChatSlot) * chat_shared->nslots);
+	LWLockAcquire(chat_shared->lock, LW_SHARED);
+	for (int i = 0; i < chat_shared->nslots; i++)
+		if (chat_shared->slots[i].database == MyDatabaseId &&
+			(chat_shared->slots[i].state == CHAT_SLOT_RUNNING ||
+			 chat_shared->slots[i].state == CHAT_SLOT_STARTING))
+			slots[n++] = chat_shared->slots[i];
+	LWLockRelease(chat_shared->lock);
+	for (int i = 0; i < n; i++)
+		put_worker(rsinfo, &slots[i]);
+	return (Datum) 0;
+}

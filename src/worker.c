@@ -1,0 +1,1099 @@
+/*
+ * worker.c
+ *		The streaming worker and its loop.
+ *
+ * Owns the list of streams that are open, the list of those that have
+ * something to flush, and the times at which things are due.  All of it is
+ * local to the process; what others see of it stands in tables, or in the
+ * worker's slot in shared memory.
+ *
+ * No transaction is open while the network is awaited (P6): the loop moves
+ * what is ready, then runs short transactions, then waits, once, at its foot.
+ *
+ *	claim	one durable transaction: jobs, their queued messages, the contexts
+ *			of all their requests, start and start-step; then the requests go
+ *	flush	deltas of all streams in one transaction that is not waited for,
+ *			then ends and retries in a durable one; a stream's state advances
+ *			only after the commit
+ *
+ * A transaction that fails is repeated stream by stream, and the stream that
+ * fails alone has failed; an error of the system (disk, locks) is waited out.
+ * With nothing due the worker sleeps on its latch (P9).
+ */
+#include "postgres.h"
+
+#include <sys/resource.h>
+
+#include "access/xact.h"
+#include "commands/extension.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/fd.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lmgr.h"
+#include "storage/lwlock.h"
+#include "storage/procsignal.h"
+#include "tcop/tcopprot.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
+
+#include "compat.h"
+#include "context.h"
+#include "db.h"
+#include "event.h"
+#include "http.h"
+#include "queue.h"
+#include "server.h"
+#include "shmem.h"
+#include "stream.h"
+#include "worker.h"
+
+/* jobs of one claim; more follow in the next turn of the loop */
+#define MAX_CLAIM 256
+/* ends of one transaction */
+#define MAX_ENDS 1000
+/* unflushed bytes of a stream beyond which its transfer is paused */
+#define MAX_PENDING (256 * 1024)
+/* descriptors that stay free for the server's own use */
+#define RESERVED_FILES 64
+#define MIN_BACKOFF 10
+#define MAX_BACKOFF 1000
+#define NEVER PG_INT64_MAX
+
+/* How the next claim goes about a job that made a claim fail. */
+typedef enum ClaimMode
+{
+	CLAIM_BATCH,
+	CLAIM_SINGLE,				/* one by one, to find it */
+	CLAIM_BARE					/* found: without its message, to fail it */
+} ClaimMode;
+
+static int	max_streams = 5000;
+static int	flush_interval = 10;
+static bool enabled = true;
+
+static MemoryContext worker_context;
+static MemoryContext tick_context;
+static int64 identity;
+static Oid	extension;
+static uint32 wait_event_main;
+
+static dlist_head streams = DLIST_STATIC_INIT(streams);
+static dlist_head dirty_streams = DLIST_STATIC_INIT(dirty_streams);
+static int	nstreams = 0;
+static int64 epochs = 0;		/* sum over streams, for the fence */
+static int	limit = 0;			/* streams that may be open */
+
+/* times, in ms of chat_stream_clock() */
+static int64 flushed_at = 0;	/* the last flush began */
+static int64 flush_took = 0;
+static int64 flush_due = NEVER; /* not before, after an error */
+static int64 check_due = NEVER; /* a stream's timeout */
+static int64 claim_due = 0;		/* 0 = the bell rang */
+static int64 rest_due = NEVER;	/* a retry, or locked jobs */
+static int	claim_backoff = 0;
+static ClaimMode claim_mode = CLAIM_BATCH;
+
+/* Declares the settings of the worker. */
+void
+chat_worker_init(void)
+{
+	DefineCustomBoolVariable("chat.enabled",
+							 "Whether workers take jobs from the queue.",
+							 NULL, &enabled, true, PGC_SIGHUP, 0,
+							 NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_streams",
+							"Most streams that a worker has open.",
+							NULL, &max_streams, 5000, 1, 1000000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.flush_interval",
+							"Shortest time between two flushes of deltas.",
+							NULL, &flush_interval, 10, 0, 10000,
+							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+}
+
+/* ---------- transactions that may fail ---------- */
+
+/* True if an error says nothing about the row: it is waited out. */
+static bool
+is_systemic(const ErrorData *edata)
+{
+	switch (ERRCODE_TO_CATEGORY(edata->sqlerrcode))
+	{
+		case ERRCODE_INSUFFICIENT_RESOURCES:
+		case ERRCODE_OPERATOR_INTERVENTION:
+		case ERRCODE_SYSTEM_ERROR:
+		case ERRCODE_TRANSACTION_ROLLBACK:
+		case ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE:
+		case ERRCODE_INVALID_TRANSACTION_STATE:
+			return true;
+		default:
+			return edata->sqlerrcode == ERRCODE_UNDEFINED_TABLE ||
+				edata->sqlerrcode == ERRCODE_IO_ERROR;
+	}
+}
+
+/* True if an error says that the notification queue is full. */
+static bool
+is_queue_full(const ErrorData *edata)
+{
+	return edata->sqlerrcode == ERRCODE_PROGRAM_LIMIT_EXCEEDED;
+}
+
+/*
+ * Runs work in a transaction of its own; returns NULL, or the error, which
+ * was logged.  durable = the commit waits for the log.
+ */
+static ErrorData *
+try_transaction(const char *activity, bool durable,
+				void (*work) (void *), void *arg)
+{
+	ErrorData  *volatile edata = NULL;
+	MemoryContext old = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		chat_db_begin(activity);
+		work(arg);
+		chat_db_commit(durable);
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(tick_context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		chat_db_abort();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+	if (edata && !is_queue_full(edata))
+		ereport(LOG,
+				(errcode(edata->sqlerrcode),
+				 errmsg("chat worker could not %s: %s", activity,
+						edata->message)));
+	return edata;
+}
+
+/* ---------- the list of streams ---------- */
+
+/* Notes that a stream has something to flush. */
+static void
+mark_dirty(ChatStream *s)
+{
+	if (s->dirty)
+		return;
+	s->dirty = true;
+	dlist_push_tail(&dirty_streams, &s->dirty_node);
+}
+
+/* Takes a stream off the list of those to flush. */
+static void
+unmark_dirty(ChatStream *s)
+{
+	if (!s->dirty)
+		return;
+	s->dirty = false;
+	dlist_delete(&s->dirty_node);
+}
+
+/* Publishes how many streams are open. */
+static void
+count_streams(void)
+{
+	pg_atomic_write_u64(&chat_slot->counters.open_streams, nstreams);
+	pg_atomic_write_u64(&chat_slot->counters.limit, limit);
+}
+
+/* Adds a stream whose claim is committed. */
+static void
+add_stream(ChatStream *s)
+{
+	dlist_push_tail(&streams, &s->node);
+	nstreams++;
+	epochs += s->job.epoch;
+	count_streams();
+}
+
+/* Frees a stream: its end is stored, or its job is not ours any more. */
+static void
+drop_stream(ChatStream *s)
+{
+	unmark_dirty(s);
+	dlist_delete(&s->node);
+	nstreams--;
+	epochs -= s->job.epoch;
+	count_streams();
+	chat_stream_free(s);
+}
+
+/* ---------- recheck: what others did to our jobs ---------- */
+
+typedef struct HeldJobs
+{
+	int			n;
+	int64	   *ids;
+	int64	   *epochs;
+	bool	   *cancels;
+	Oid			extension;
+} HeldJobs;
+
+/* Reads which jobs are ours. */
+static void
+read_held(void *arg)
+{
+	HeldJobs   *held = arg;
+	MemoryContext spi = CurrentMemoryContext;
+	int64	   *ids;
+	int64	   *job_epochs;
+	bool	   *cancels;
+
+	held->extension = get_extension_oid("chat", true);
+	if (held->extension != extension)
+		return;
+	held->n = chat_queue_held(identity, &ids, &job_epochs, &cancels);
+	MemoryContextSwitchTo(tick_context);
+	held->ids = memcpy(palloc(sizeof(int64) * (held->n + 1)), ids,
+					   sizeof(int64) * held->n);
+	held->epochs = memcpy(palloc(sizeof(int64) * (held->n + 1)), job_epochs,
+						  sizeof(int64) * held->n);
+	held->cancels = memcpy(palloc(held->n + 1), cancels, held->n);
+	MemoryContextSwitchTo(spi);
+}
+
+/* Ends the worker for good: the database has no such extension any more. */
+static void
+exit_absent(void)
+{
+	chat_shmem_set_exit(CHAT_EXIT_ABSENT);
+	proc_exit(0);
+}
+
+/* Looks for a stream's job among those that are ours. */
+static int
+find_held(const HeldJobs *held, const ChatStream *s)
+{
+	for (int i = 0; i < held->n; i++)
+		if (held->ids[i] == s->job.id && held->epochs[i] == s->job.epoch)
+			return i;
+	return -1;
+}
+
+/* Drops the streams whose job is gone, cancels those that shall end. */
+static void
+recheck(void)
+{
+	HeldJobs	held = {0};
+	dlist_mutable_iter iter;
+
+	if (try_transaction("look at its jobs", false, read_held, &held))
+	{
+		pg_atomic_write_u32(&chat_slot->recheck, 1);
+		rest_due = Min(rest_due, chat_stream_clock() + MAX_BACKOFF);
+		return;
+	}
+	if (held.extension != extension)
+		exit_absent();
+	dlist_foreach_modify(iter, &streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
+		int			i = find_held(&held, s);
+
+		if (i < 0)
+			drop_stream(s);
+		else if (held.cancels[i] && !s->ended)
+		{
+			chat_stream_cancel(s);
+			mark_dirty(s);
+		}
+	}
+}
+
+/* ---------- flush ---------- */
+
+/* The streams of one transaction, and what it writes. */
+typedef struct Flush
+{
+	ChatStream **streams;
+	int			n;
+	int64	   *seqs;			/* of the last event after the commit */
+	bool		quiet;			/* without notifications */
+	bool		fenced;			/* out: our jobs are not what we think */
+} Flush;
+
+/* Writes and notifies the events of a batch, and counts them. */
+static void
+write_events(ChatEventBatch *batch, bool quiet)
+{
+	chat_event_write(batch);
+	if (quiet || chat_event_queue_full())
+		pg_atomic_fetch_add_u64(&chat_slot->counters.unnotified, batch->n);
+	else
+		chat_event_notify(batch);
+	pg_atomic_fetch_add_u64(&chat_slot->counters.events, batch->n);
+}
+
+/* Transaction: the logs of the streams. */
+static void
+write_deltas(void *arg)
+{
+	Flush	   *f = arg;
+	ChatEventBatch batch = {0};
+
+	f->fenced = !chat_queue_intact(identity, nstreams, epochs);
+	if (f->fenced)
+		return;
+	for (int i = 0; i < f->n; i++)
+		f->seqs[i] = chat_event_collect(&batch, &f->streams[i]->target,
+										f->streams[i]->seq,
+										&f->streams[i]->log);
+	write_events(&batch, f->quiet);
+}
+
+/* Advances the streams whose logs were committed. */
+static void
+deltas_committed(Flush *f)
+{
+	for (int i = 0; i < f->n; i++)
+	{
+		ChatStream *s = f->streams[i];
+
+		s->seq = f->seqs[i];
+		chat_event_clear(&s->log);
+		if (!s->ended)
+			unmark_dirty(s);
+		if (s->transfer && s->transfer->paused)
+			chat_http_pause(s->transfer, false);
+		chat_shmem_publish(&s->job.task);
+	}
+}
+
+/* Transaction: the ends of the streams. */
+static void
+write_ends(void *arg)
+{
+	Flush	   *f = arg;
+	ChatEventBatch batch = {0};
+	ChatEnd   **finals = palloc(sizeof(ChatEnd *) * f->n);
+	ChatEnd   **backs = palloc(sizeof(ChatEnd *) * f->n);
+	int			nfinals = 0;
+	int			nbacks = 0;
+
+	for (int i = 0; i < f->n; i++)
+	{
+		ChatEnd    *e = &f->streams[i]->end;
+
+		e->ok = e->missed = false;
+		e->last_seq = f->streams[i]->seq;
+		if (e->kind >= CHAT_END_RETRY)
+			backs[nbacks++] = e;
+		else
+			finals[nfinals++] = e;
+	}
+	if (nfinals > 0)
+		chat_queue_finish(identity, finals, nfinals);
+	if (nbacks > 0)
+		chat_queue_release(identity, backs, nbacks);
+	for (int i = 0; i < f->n; i++)
+	{
+		ChatStream *s = f->streams[i];
+
+		f->seqs[i] = s->seq;
+		if (!s->end.ok || s->end.kind >= CHAT_END_RETRY)
+			continue;
+		f->seqs[i] = chat_event_collect(&batch, &s->target, f->seqs[i],
+										&s->log);
+		f->seqs[i] = chat_event_collect(&batch, &s->target, f->seqs[i],
+										&s->end_log);
+	}
+	write_events(&batch, f->quiet);
+}
+
+/* Has a stream's end stored later. */
+static void
+postpone_end(ChatStream *s)
+{
+	int			delay = Min(MIN_BACKOFF << Min(s->end_tries, 10), MAX_BACKOFF);
+
+	s->end_tries++;
+	s->retry_end_at = chat_stream_clock() + delay;
+}
+
+/* Counts how a stream ended. */
+static void
+count_end(const ChatStream *s)
+{
+	ChatCounters *c = &chat_slot->counters;
+
+	switch (s->end.kind)
+	{
+		case CHAT_END_COMPLETED:
+			pg_atomic_fetch_add_u64(&c->completed, 1);
+			break;
+		case CHAT_END_FAILED:
+			pg_atomic_fetch_add_u64(&c->failed, 1);
+			break;
+		case CHAT_END_CANCELLED:
+			pg_atomic_fetch_add_u64(&c->cancelled, 1);
+			break;
+		case CHAT_END_RETRY:
+			pg_atomic_fetch_add_u64(&c->retried, 1);
+			rest_due = 0;		/* its time is in the table: look there */
+			break;
+		case CHAT_END_GIVE_BACK:
+			break;
+	}
+}
+
+/* Frees the streams whose ends were committed. */
+static void
+ends_committed(Flush *f)
+{
+	/* the last bytes of a body may have come: keep the connection */
+	chat_http_poll();
+	for (int i = 0; i < f->n; i++)
+	{
+		ChatStream *s = f->streams[i];
+
+		if (s->end.missed)
+		{
+			postpone_end(s);
+			continue;
+		}
+		if (s->end.ok)
+		{
+			count_end(s);
+			chat_shmem_publish(&s->job.task);
+		}
+		drop_stream(s);
+	}
+	/* a session's next task may have become ready */
+	claim_due = 0;
+}
+
+/* Gives a stream that the database refuses an end that it will take. */
+static void
+fail_stream(ChatStream *s, const ErrorData *edata)
+{
+	MemoryContext old = MemoryContextSwitchTo(s->context);
+	ChatEventLog none = {0};
+
+	s->log = none;
+	s->ended = false;
+	s->end_log = none;
+	chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
+					 psprintf("the answer could not be stored: %s",
+							  edata->message));
+	s->end.has_message = false;
+	s->end.metadata = "{}";
+	s->end.usage = NULL;
+	MemoryContextSwitchTo(old);
+	postpone_end(s);
+	mark_dirty(s);
+}
+
+/*
+ * Runs one of the two transactions of a flush; when it fails, without
+ * notifications or stream by stream.  False: the system refuses, try later.
+ */
+static bool
+flush_some(Flush *f, const char *activity, bool durable,
+		   void (*work) (void *), void (*committed) (Flush *))
+{
+	ErrorData  *edata = try_transaction(activity, durable, work, f);
+
+	if (edata && is_queue_full(edata) && !f->quiet)
+	{
+		static bool warned = false;
+
+		if (!warned)
+			ereport(WARNING,
+					(errmsg("the notification queue is full"),
+					 errdetail("Events are stored without a notification."),
+					 errhint("Look for a session that listens and stays in a transaction: SELECT * FROM pg_stat_activity WHERE state LIKE 'idle in%%'.")));
+		warned = true;
+		f->quiet = true;
+		edata = try_transaction(activity, durable, work, f);
+	}
+	if (edata == NULL)
+	{
+		if (!f->fenced)
+			committed(f);
+		return !f->fenced;
+	}
+	if (is_systemic(edata))
+		return false;
+	if (f->n == 1)
+	{
+		fail_stream(f->streams[0], edata);
+		return true;
+	}
+	for (int i = 0; i < f->n; i++)
+	{
+		Flush		one = {&f->streams[i], 1, &f->seqs[i], f->quiet, false};
+
+		if (!flush_some(&one, activity, durable, work, committed))
+			return false;
+	}
+	return true;
+}
+
+/* Collects the streams for one of the two transactions of a flush. */
+static void
+pick_streams(Flush *f, bool ends, int64 now)
+{
+	dlist_iter	iter;
+	int			most = ends ? Min(nstreams, MAX_ENDS) : nstreams;
+
+	memset(f, 0, sizeof(*f));
+	f->streams = palloc(sizeof(ChatStream *) * Max(most, 1));
+	f->seqs = palloc(sizeof(int64) * Max(most, 1));
+	dlist_foreach(iter, &dirty_streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, dirty_node, iter.cur);
+		bool		ending = s->ended && now >= s->retry_end_at;
+		bool		wanted = ends ? ending
+			: !ending && s->log.nitems > 0 && s->end.kind < CHAT_END_RETRY;
+
+		if (wanted && f->n < most)
+			f->streams[f->n++] = s;
+	}
+}
+
+/* Stores what the streams have gathered: deltas, then ends. */
+static void
+flush(void)
+{
+	Flush		f;
+	int64		start = chat_stream_clock();
+	bool		ok = true;
+
+	flush_due = NEVER;
+	pick_streams(&f, false, start);
+	if (f.n > 0)
+		ok = flush_some(&f, "store deltas", false, write_deltas,
+						deltas_committed);
+	if (f.n > 0 && f.fenced)
+		recheck();
+	if (ok)
+	{
+		pick_streams(&f, true, start);
+		if (f.n > 0)
+			ok = flush_some(&f, "store ends", true, write_ends,
+							ends_committed);
+	}
+	flushed_at = start;
+	flush_took = chat_stream_clock() - start;
+	pg_atomic_fetch_add_u64(&chat_slot->counters.flushes, 1);
+	if (!ok)
+		flush_due = chat_stream_clock() + 100;
+}
+
+/* Returns when the next flush is due, NEVER if there is nothing to flush. */
+static int64
+next_flush(void)
+{
+	int64		pace = flushed_at + Max(flush_interval, flush_took);
+	int64		due = NEVER;
+	dlist_iter	iter;
+
+	if (dlist_is_empty(&dirty_streams))
+		return NEVER;
+	if (flush_due != NEVER)
+		return flush_due;
+	dlist_foreach(iter, &dirty_streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, dirty_node, iter.cur);
+
+		if (s->log.nitems > 0 || !s->ended || s->retry_end_at == 0)
+			return pace;
+		due = Min(due, s->retry_end_at);
+	}
+	return Max(due, pace);
+}
+
+/* ---------- claim ---------- */
+
+/* What a claim brings. */
+typedef struct Claim
+{
+	int			n;
+	ChatStream **streams;
+	ChatQueueRest rest;
+	int64	   *seqs;
+} Claim;
+
+/*
+ * Reads a job's endpoint and key and builds its request.  An error of this
+ * one job (server dropped, key unreadable) leaves the transaction usable.
+ */
+static void
+prepare(ChatStream *s, const ChatJob *job, const ChatContext *context)
+{
+	MemoryContext old = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		MemoryContextSwitchTo(s->context);
+		s->server = chat_server_load(job->server, false);
+		chat_server_check(job->server, job->owner, "any");
+		s->key = chat_server_key(s->server, job->owner);
+		s->request = chat_context_request(job, s->server, context,
+										  &s->request_len);
+		s->prompt_estimate = s->request_len / 4;
+		MemoryContextSwitchTo(old);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(s->context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
+						 edata->message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+	CurrentResourceOwner = owner;
+}
+
+/* Adds the events that open a task, or its next attempt. */
+static void
+log_start(ChatStream *s)
+{
+	char	   *json;
+
+	if (s->job.reset)
+		chat_event_add(&s->log, s->context, "{\"type\":\"reset-step\"}");
+	if (!s->job.first)
+		return;
+	json = psprintf("{\"type\":\"start\",\"messageId\":\"%s\"}",
+					DatumGetCString(DirectFunctionCall1(uuid_out,
+														UUIDPGetDatum(&s->job.answer))));
+	chat_event_add(&s->log, s->context, json);
+	chat_event_add(&s->log, s->context, "{\"type\":\"start-step\"}");
+}
+
+/* Makes the streams of the jobs that were claimed. */
+static void
+make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts)
+{
+	for (int i = 0; i < c->n; i++)
+	{
+		ChatStream *s = chat_stream_create(&jobs[i], worker_context);
+
+		c->streams[i] = s;
+		log_start(s);
+		if (claim_mode == CLAIM_BARE)
+			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
+							 "the queued message could not be stored");
+		else if (jobs[i].cancel)
+			chat_stream_cancel(s);
+		else
+		{
+			chat_context_repair(&contexts[i]);
+			prepare(s, &jobs[i], &contexts[i]);
+		}
+	}
+}
+
+/* Transaction: claims jobs, stores their messages and opening events. */
+static void
+claim_work(void *arg)
+{
+	Claim	   *c = arg;
+	int			most = Min(limit - nstreams, MAX_CLAIM);
+	ChatJob    *jobs;
+	ChatContext *contexts;
+	ChatEventBatch batch = {0};
+	int			n;
+
+	n = chat_queue_claim(identity, claim_mode == CLAIM_BATCH ? most : 1,
+						 claim_mode == CLAIM_BARE, &jobs, &c->rest);
+	if (n == 0)
+		return;
+	c->streams = MemoryContextAllocZero(tick_context, sizeof(ChatStream *) * n);
+	c->seqs = MemoryContextAlloc(tick_context, sizeof(int64) * n);
+	contexts = palloc(sizeof(ChatContext) * n);
+	chat_context_load(jobs, n, contexts);
+	c->n = n;
+	make_streams(c, jobs, contexts);
+	for (int i = 0; i < n; i++)
+		c->seqs[i] = chat_event_collect(&batch, &c->streams[i]->target,
+										c->streams[i]->seq,
+										&c->streams[i]->log);
+	write_events(&batch, false);
+}
+
+/* Sends the request of a stream whose claim is committed. */
+static void
+open_stream(ChatStream *s)
+{
+	MemoryContext old = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		chat_stream_open(s);
+		pg_atomic_fetch_add_u64(&chat_slot->counters.started, 1);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(s->context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, true, 0,
+						 edata->message);
+		mark_dirty(s);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+}
+
+/* Takes over the streams of a claim that was committed. */
+static void
+claim_committed(Claim *c)
+{
+	int64		now = chat_stream_clock();
+
+	for (int i = 0; i < c->n; i++)
+	{
+		ChatStream *s = c->streams[i];
+
+		s->seq = c->seqs[i];
+		chat_event_clear(&s->log);
+		add_stream(s);
+		if (s->ended)
+			mark_dirty(s);
+		else
+			open_stream(s);
+		chat_shmem_publish(&s->job.task);
+	}
+	if (c->n > 0)
+		check_due = Min(check_due, now + 1);
+}
+
+/* Plans the next look at the queue by what is left there. */
+static void
+plan_claim(const Claim *c)
+{
+	int64		now = chat_stream_clock();
+
+	claim_due = c->rest.more ? 0 : NEVER;
+	rest_due = NEVER;
+	if (c->rest.next_run != DT_NOEND)
+		rest_due = now + 1 +
+			TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+											c->rest.next_run);
+	claim_backoff = c->rest.skipped
+		? Min(Max(claim_backoff * 2, MIN_BACKOFF), MAX_BACKOFF) : 0;
+	if (c->rest.skipped)
+		rest_due = Min(rest_due, now + claim_backoff);
+}
+
+/* Takes jobs from the queue. */
+static void
+claim(void)
+{
+	Claim		c = {0};
+	ErrorData  *edata = try_transaction("claim jobs", true, claim_work, &c);
+
+	if (edata == NULL)
+	{
+		plan_claim(&c);
+		claim_committed(&c);
+		if (claim_mode == CLAIM_BARE)
+			claim_mode = CLAIM_SINGLE;
+		else if (c.n == 0)
+			claim_mode = CLAIM_BATCH;
+		if (claim_mode != CLAIM_BATCH)
+			claim_due = 0;
+		return;
+	}
+	for (int i = 0; i < c.n; i++)
+		if (c.streams[i])
+			chat_stream_free(c.streams[i]);
+	if (!is_systemic(edata) && claim_mode != CLAIM_BARE)
+	{
+		claim_mode = claim_mode == CLAIM_BATCH ? CLAIM_SINGLE : CLAIM_BARE;
+		claim_due = 0;
+		return;
+	}
+	claim_due = NEVER;
+	claim_backoff = Min(Max(claim_backoff * 2, MIN_BACKOFF), MAX_BACKOFF);
+	rest_due = chat_stream_clock() + claim_backoff;
+}
+
+/* True if jobs may be taken now. */
+static bool
+claim_is_due(int64 now)
+{
+	return enabled && nstreams < limit && (claim_due <= now || rest_due <= now);
+}
+
+/* ---------- time ---------- */
+
+/* Fails the streams that waited too long; notes when to look again. */
+static void
+check_times(int64 now)
+{
+	dlist_iter	iter;
+
+	check_due = NEVER;
+	dlist_foreach(iter, &streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
+
+		if (s->ended)
+			continue;
+		check_due = Min(check_due, chat_stream_check_time(s, now));
+		if (s->ended)
+			mark_dirty(s);
+	}
+}
+
+/* Returns how long the loop may sleep, in ms; -1 = until something comes. */
+static long
+sleep_time(void)
+{
+	int64		now = chat_stream_clock();
+	int64		due = Min(check_due, next_flush());
+	long		http = chat_http_timeout();
+
+	if (enabled && nstreams < limit)
+		due = Min(due, Min(claim_due, rest_due));
+	if (http >= 0)
+		due = Min(due, now + http);
+	if (due == NEVER)
+		return -1;
+	return due <= now ? 0 : (long) Min(due - now, INT_MAX);
+}
+
+/* ---------- the process ---------- */
+
+/* Transaction: frees the jobs of workers that died. */
+static void
+adopt_work(void *arg)
+{
+	int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
+	int			n;
+
+	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live));
+	if (n > 0)
+		ereport(LOG,
+				(errmsg("chat worker takes up %d jobs whose worker is gone",
+						n)));
+}
+
+/* Transaction: gives our jobs back, at the end of the process. */
+static void
+give_back_work(void *arg)
+{
+	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * (nstreams + 1));
+	dlist_iter	iter;
+	int			n = 0;
+
+	dlist_foreach(iter, &streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
+
+		s->end.kind = CHAT_END_GIVE_BACK;
+		s->end.run_at = DT_NOBEGIN;
+		s->end.reset = s->content_seen || s->job.reset;
+		s->end.last_seq = s->seq;
+		ends[n++] = &s->end;
+	}
+	chat_queue_release(identity, ends, n);
+}
+
+/*
+ * Gives the jobs back when the worker is told to end: the attempts were not
+ * theirs to lose.  Does not wait for anybody: not for a lock, and not for a
+ * standby.  After a crash this never runs, and the jobs are orphans.
+ */
+static void
+give_back(int code, Datum arg)
+{
+	if (nstreams == 0)
+		return;
+	AbortOutOfAnyTransaction();
+	(void) set_config_option("synchronous_commit", "local", PGC_SUSET,
+							 PGC_S_OVERRIDE, GUC_ACTION_SET, true, 0, false);
+	(void) try_transaction("give its jobs back", true, give_back_work, NULL);
+}
+
+/* Sets what this process needs of the server's settings. */
+static void
+set_options(void)
+{
+	static const char *const options[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"statement_timeout", "0"},
+		{"lock_timeout", "200ms"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"jit", "off"},
+		/* the statements are probes by key, whatever the statistics say */
+		{"plan_cache_mode", "force_generic_plan"},
+		{"enable_seqscan", "off"},
+		{"enable_mergejoin", "off"},
+		{"session_replication_role", "origin"},
+	};
+
+	for (int i = 0; i < lengthof(options); i++)
+		SetConfigOption(options[i][0], options[i][1], PGC_SUSET,
+						PGC_S_OVERRIDE);
+}
+
+/* Raises the soft limit of descriptors and derives how many streams fit. */
+static void
+set_limit(void)
+{
+	struct rlimit rlim;
+	int64		files = max_streams;
+
+	if (getrlimit(RLIMIT_NOFILE, &rlim) == 0)
+	{
+		if (rlim.rlim_cur < rlim.rlim_max)
+		{
+			struct rlimit wanted = {rlim.rlim_max, rlim.rlim_max};
+
+			if (setrlimit(RLIMIT_NOFILE, &wanted) == 0)
+				rlim = wanted;
+		}
+		if (rlim.rlim_cur != RLIM_INFINITY)
+			files = (int64) rlim.rlim_cur - max_safe_fds - RESERVED_FILES;
+	}
+	limit = (int) Max(Min(files, max_streams), 1);
+	count_streams();
+}
+
+/* Transaction: finds the extension. */
+static void
+find_extension(void *arg)
+{
+	if (OidIsValid(chat_db_extension_owner()))
+		extension = get_extension_oid("chat", true);
+}
+
+/* Looks for the extension; without one the worker has nothing to do here. */
+static void
+require_extension(void)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	find_extension(NULL);
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	if (!OidIsValid(extension))
+		exit_absent();
+}
+
+/* Connects and prepares everything that the loop works with. */
+static WaitEventSet *
+start_up(int slot)
+{
+	Oid			database;
+	WaitEventSet *set;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	memcpy(&database, MyBgworkerEntry->bgw_extra, sizeof(Oid));
+	chat_shmem_attach(slot, database);
+	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
+	set_options();
+	worker_context = AllocSetContextCreate(TopMemoryContext, "chat worker",
+										   ALLOCSET_DEFAULT_SIZES);
+	tick_context = AllocSetContextCreate(TopMemoryContext, "chat tick",
+										 ALLOCSET_DEFAULT_SIZES);
+	MemoryContextSwitchTo(tick_context);
+	identity = chat_slot->identity;
+	wait_event_main = chat_wait_event("ChatMain");
+	require_extension();
+	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
+	set_limit();
+	set = CreateWaitEventSet(TopMemoryContext, 3);
+	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	AddWaitEventToSet(set, WL_SOCKET_READABLE, chat_http_start(), NULL, NULL);
+	before_shmem_exit(give_back, (Datum) 0);
+	(void) try_transaction("take up jobs", true, adopt_work, NULL);
+	return set;
+}
+
+/* Takes what the transfers have received. */
+static void
+receive(void)
+{
+	ChatTransfer *t;
+
+	chat_http_poll();
+	while ((t = chat_http_next()) != NULL)
+	{
+		ChatStream *s = t->owner;
+
+		if (chat_stream_receive(s))
+			mark_dirty(s);
+		if (s->log.text.len > MAX_PENDING)
+			chat_http_pause(t, true);
+	}
+}
+
+/* Reads the configuration again. */
+static void
+reload(void)
+{
+	ConfigReloadPending = false;
+	ProcessConfigFile(PGC_SIGHUP);
+	set_limit();
+	claim_due = 0;
+}
+
+/* Main function of the worker. */
+void
+chat_worker_main(Datum slot)
+{
+	WaitEventSet *set = start_up(DatumGetInt32(slot));
+
+	for (;;)
+	{
+		WaitEvent	event;
+		int64		now;
+
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+			reload();
+		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))
+			recheck();
+		receive();
+		now = chat_stream_clock();
+		if (check_due <= now)
+			check_times(now);
+		if (next_flush() <= now)
+			flush();
+		if (claim_is_due(now))
+			claim();
+		MemoryContextReset(tick_context);
+		if (WaitEventSetWait(set, sleep_time(), &event, 1,
+							 wait_event_main) == 1 &&
+			(event.events & WL_LATCH_SET))
+		{
+			ResetLatch(MyLatch);
+			claim_due = 0;
+		}
+	}
+}
