@@ -616,7 +616,7 @@ member_start(void *state, char *fname, bool isnull)
 	(void) fname;
 	(void) isnull;
 	ps->next = NODE_IGNORED;
-	if (rule == no_rules || ps->raw != NULL)
+	if (rule == no_rules)
 		CHAT_JSON_GO_ON;
 	raw = raw_name(ps->lex);
 	name = unescape(inside(raw));
@@ -673,8 +673,6 @@ element_start(void *state, bool isnull)
 
 	(void) isnull;
 	ps->next = NODE_IGNORED;
-	if (ps->raw != NULL)
-		CHAT_JSON_GO_ON;
 	if (type == JSON_TOKEN_OBJECT_START)
 		ps->next = (Node) elements[node];
 	else if (type == JSON_TOKEN_STRING && node == NODE_PARTS)

@@ -7,6 +7,7 @@
  * Strings that a parser returns point into the text that was given or are
  * palloc'ed in the current memory context: give the text and that context
  * the same, short life.  They are UTF-8 without NUL and not terminated.
+ * Whoever builds a request leaves scratch in the current memory context, too.
  */
 #ifndef CHAT_PROVIDER_H
 #define CHAT_PROVIDER_H
@@ -122,7 +123,7 @@ typedef struct ChatMessage
 	ChatStr		parts;			/* raw JSON array; replaces content */
 	ChatStr		tool_calls;		/* raw JSON array, as stored */
 	ChatStr		function_call;	/* raw JSON object (legacy) */
-	ChatStr		reasoning_details;	/* raw JSON array to send back, or absent */
+	ChatStr		reasoning_details;	/* raw JSON array to send back */
 	ChatStr		context;		/* raw JSON object {"url","content"} */
 	bool		interrupted;	/* the answer was cut short */
 } ChatMessage;

@@ -252,7 +252,8 @@ find_eol(const char *p, const char *end)
 {
 	while (p < end)
 	{
-		size_t		n = (size_t) (end - p) < WINDOW ? (size_t) (end - p) : WINDOW;
+		size_t		left = (size_t) (end - p);
+		size_t		n = left < WINDOW ? left : WINDOW;
 		const char *lf = memchr(p, '\n', n);
 		const char *cr = memchr(p, '\r', lf ? (size_t) (lf - p) : n);
 

@@ -113,6 +113,8 @@ test_lines(void)
 {
 	CHECK("LF", "data: a\n\ndata: b\n\n", "|a\n|b\n");
 	CHECK("CRLF", "data: a\r\n\r\ndata: b\r\n\r\n", "|a\n|b\n");
+	CHECK("CRLF is one end", "data: a\r\ndata: b\r\nevent: e\r\n\r\n",
+		  "e|a\nb\n");
 	CHECK("CR", "data: a\r\rdata: b\r\r", "|a\n|b\n");
 	CHECK("mixed ends", "data: a\r\n\ndata: b\n\rdata: c\r\r\n", "|a\n|b\n|c\n");
 	CHECK("several data lines", "data: a\ndata: b\ndata:\ndata: c\n\n",
