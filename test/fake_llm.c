@@ -30,8 +30,8 @@
  *   toolfinish=R  steps=N (tool steps before the last answer; 1)
  *   thentokens=N  thentext=T  then.KEY=V (the last answer's directives; its
  *   default is "Tool said: " and the last tool result)
- * Pace:  first=MS  delay=MS  gate=NAME  gateat=UNIT:NAME  gatehead=NAME (before
- *   the status line)
+ * Pace:  first=MS  delay=MS  gate=NAME  gateat=UNIT:NAME  gatehead=NAME
+ *   (before the status line)
  * Wire:  split=B  splitat=K  eol=lf|cr|crlf  bom=1  comments=1  multidata=1
  *   nospace=1  notail=1 (no newline after the last event)  closed=1 (the end
  *   of the connection ends the body)  plain=1  norole=1  unknown=1  nulls=1
@@ -40,8 +40,9 @@
  * Failure:  status=CODE  retry_after=S|date:S  errmsg=T  errcode=T  errtype=T
  *   errbody=T  html=1  location=URL  error_at=UNIT  garbage=UNIT  stall=UNIT
  *   cutafter=UNIT  cut=BYTES  rst=1 (a cut resets)  hang=1  reset=1 (2: closes)
- *   hugeline=B  hugebody=B  nodone=1  nofinish=1;  times=N key=K: only the
- *   first N requests with that key fail (key's default is the directive)
+ *   hugeline=B  hugebody=B (or huge=B)  nodone=1  nofinish=1
+ *   times=N key=K: only the first N requests with that key fail (the key's
+ *   default is the directive itself)
  *
  * Other endpoints:
  *   GET /v1/models
@@ -54,7 +55,9 @@
  *   POST /gate/NAME    ?n=K lets K waiting or coming streams pass
  *   GET /gate/NAME     {"waiting":..,"passes":..}; ?wait=K answers when K wait
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
@@ -1082,6 +1085,11 @@ take_pair(Plan *plan, Pair pair, bool after_tools, bool failing)
 
 		pair.key += skip;
 		pair.klen -= skip;
+	}
+	if (pair_is(&pair, "huge"))
+	{
+		pair.key = "hugebody";
+		pair.klen = strlen(pair.key);
 	}
 	for (size_t i = 0; i < NKEYS; i++)
 		if (pair_is(&pair, key_specs[i].name))
