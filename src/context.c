@@ -208,7 +208,7 @@ copy_results(ChatContext *out, const ChatMessage *assistant,
 	JsonbContainer *calls = &parse(pnstrdup(assistant->tool_calls.data,
 											assistant->tool_calls.len))->root;
 
-	for (int i = 0; i < JsonContainerSize(calls); i++)
+	for (int i = 0; i < (int) JsonContainerSize(calls); i++)
 	{
 		JsonbValue *call = getIthJsonbValueFromContainer(calls, i);
 		JsonbContainer *object = call->type == jbvBinary

@@ -349,7 +349,7 @@ lock_ends(ChatEnd **ends, int n, ChatEnd **locked)
 		values[i] = UUIDPGetDatum(&ends[i]->job->session);
 	params[0] = make_array(&uuid_param, values, NULL, n);
 	got = chat_db_exec(&lock_sessions, params, NULL);
-	if (got == n)
+	if (got == (uint64) n)
 	{
 		memcpy(locked, ends, sizeof(ChatEnd *) * n);
 		return n;

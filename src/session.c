@@ -237,6 +237,9 @@ static const ChatField setting_fields[] =
 static const ChatFieldTable setting_table =
 {"setting", setting_fields, lengthof(setting_fields), false, false};
 
+static const ChatField metadata_field =
+CHAT_FIELD("metadata", CHAT_FIELD_OBJECT, DOC_METADATA);
+
 /* The document form of a session. */
 static const ChatField document_fields[] =
 {
@@ -477,6 +480,9 @@ chat_session_create(PG_FUNCTION_ARGS)
 			set_column(&doc, arguments[i], PG_GETARG_DATUM(i));
 	if (!doc.nulls[DOC_SETTINGS])
 		chat_session_check_settings(DatumGetJsonbP(doc.values[DOC_SETTINGS]));
+	if (!doc.nulls[DOC_METADATA])
+		chat_field_check(&metadata_field,
+						 DatumGetJsonbP(doc.values[DOC_METADATA]));
 	chat_db_enter(&scope);
 	if (!doc.nulls[DOC_OWNER])
 		check_owner(scope.caller, DatumGetObjectId(doc.values[DOC_OWNER]));
@@ -497,6 +503,8 @@ chat_session_update(PG_FUNCTION_ARGS)
 		PG_RETURN_NULL();
 	if (!PG_ARGISNULL(7))
 		chat_session_check_settings(PG_GETARG_JSONB_P(7));
+	if (!PG_ARGISNULL(8))
+		chat_field_check(&metadata_field, PG_GETARG_JSONB_P(8));
 	enter(&scope, PG_GETARG_UUID_P(0), values);
 	take_arguments(fcinfo, 1, 8, values + 3, nulls + 3);
 	if (chat_db_exec(&update_session, values, nulls) > 0)

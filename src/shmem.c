@@ -78,7 +78,7 @@ init_slot(ChatSlot *slot)
 	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
 	pg_atomic_init_u32(&slot->recheck, 0);
 	pg_atomic_init_u32(&slot->progress, 0);
-	for (int i = 0; i < sizeof(ChatCounters) / sizeof(pg_atomic_uint64); i++)
+	for (size_t i = 0; i < sizeof(ChatCounters) / sizeof(pg_atomic_uint64); i++)
 		pg_atomic_init_u64(&((pg_atomic_uint64 *) &slot->counters)[i], 0);
 }
 

@@ -66,7 +66,7 @@ chat_stream_init(void)
 		{"chat.retry_max_delay", "Longest delay before a retry.", &retry_max_delay, 30000, 1, 3600000},
 	};
 
-	for (int i = 0; i < lengthof(times); i++)
+	for (size_t i = 0; i < lengthof(times); i++)
 		DefineCustomIntVariable(times[i].name, times[i].what, NULL,
 								times[i].value, times[i].boot, times[i].min,
 								times[i].max, PGC_SIGHUP, GUC_UNIT_MS,

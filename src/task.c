@@ -507,7 +507,7 @@ put_worker(ReturnSetInfo *rsinfo, const ChatSlot *slot)
 	values[1] = CStringGetTextDatum(slot->state == CHAT_SLOT_RUNNING
 									? "running" : "starting");
 	values[2] = TimestampTzGetDatum(slot->started_at);
-	for (int i = 0; i < lengthof(counters); i++)
+	for (size_t i = 0; i < lengthof(counters); i++)
 		values[3 + i] = Int64GetDatum((int64) pg_atomic_read_u64(counters[i]));
 	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 }

@@ -952,7 +952,7 @@ set_options(void)
 		{"session_replication_role", "origin"},
 	};
 
-	for (int i = 0; i < lengthof(options); i++)
+	for (size_t i = 0; i < lengthof(options); i++)
 		SetConfigOption(options[i][0], options[i][1], PGC_SUSET,
 						PGC_S_OVERRIDE);
 }

@@ -1,0 +1,199 @@
+--
+-- Messages: one, many, tool results, OpenAI form
+--
+SET client_min_messages = warning;
+SET timezone = 'UTC';
+
+CREATE FUNCTION raised(statement text) RETURNS TABLE (
+	state text, message text, detail text, hint text)
+LANGUAGE plpgsql AS $$
+BEGIN
+	EXECUTE statement;
+	RETURN QUERY SELECT '00000', 'no error', '', '';
+EXCEPTION WHEN OTHERS THEN
+	GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE,
+		message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL,
+		hint = PG_EXCEPTION_HINT;
+	RETURN NEXT;
+END
+$$;
+
+\set s1 '''00000000-0000-4000-8000-000000000001'''
+\set none '''00000000-0000-4000-8000-00000000dead'''
+SELECT id FROM chat.create_chat_session(session_id => :s1);
+
+-- add: all arguments, in one of the six roles each
+UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
+SELECT session_id, sequence, id IS NOT NULL AS id, role, content, active,
+	metadata, created_at = now() AS created
+FROM chat.add_chat_message(session_id => :s1, role => 'system', content => 'Be brief.');
+SELECT next_sequence, updated_at = now() AS updated FROM chat.chat_session WHERE id = :s1;
+\x on
+SELECT sequence, role, content, name FROM chat.add_chat_message(:s1, 'developer',
+	'Use UTC.', name => 'dev');
+SELECT sequence, role, content, parts, name FROM chat.add_chat_message(:s1, 'user',
+	name => 'ann', parts => '[{"type": "text", "text": "Weather?"}]');
+SELECT sequence, role, content, refusal, tool_calls FROM chat.add_chat_message(:s1,
+	'assistant', tool_calls => '[{"id": "call_1", "type": "function",
+	"function": {"name": "weather", "arguments": "{}"}, "extra": {"x": 1}}]');
+SELECT sequence, role, content, tool_call_id FROM chat.add_chat_message(:s1, 'tool',
+	content => 'sunny', tool_call_id => 'call_1');
+SELECT sequence, role, content, function_call FROM chat.add_chat_message(:s1,
+	'assistant', function_call => '{"name": "old", "arguments": "{}"}');
+SELECT sequence, role, content, name FROM chat.add_chat_message(:s1, 'function',
+	'old result', name => 'old');
+SELECT sequence, role, refusal, id FROM chat.add_chat_message(:s1, 'assistant',
+	refusal => 'No.', message_id => '00000000-0000-4000-8000-0000000000b8');
+\x off
+-- the expected sequence; a stale one
+SELECT sequence FROM chat.add_chat_message(:s1, 'user', 'nine', sequence => 9);
+SELECT * FROM raised(format(
+	'SELECT chat.add_chat_message(%L, ''user'', ''x'', sequence => 9)', :s1));
+SELECT * FROM raised(format(
+	'SELECT chat.add_chat_message(%L, ''user'', ''x'', sequence => 11)', :s1));
+-- an id that is stored is the same message, not another
+SELECT sequence, refusal FROM chat.add_chat_message(:s1, 'assistant',
+	refusal => 'No.', message_id => '00000000-0000-4000-8000-0000000000b8');
+SELECT sequence FROM chat.add_chat_message(:s1, 'assistant', refusal => 'No.',
+	message_id => '00000000-0000-4000-8000-0000000000b8', sequence => 8);
+SELECT * FROM raised(format('SELECT chat.add_chat_message(%L, ''assistant'',
+	refusal => ''No.'', message_id => ''00000000-0000-4000-8000-0000000000b8'',
+	sequence => 10)', :s1));
+SELECT * FROM raised(format('SELECT chat.add_chat_message(%L, ''assistant'', ''Yes.'',
+	message_id => ''00000000-0000-4000-8000-0000000000b8'')', :s1));
+SELECT next_sequence, (SELECT count(*) FROM chat.chat_message) AS messages
+FROM chat.chat_session WHERE id = :s1;
+-- what is refused
+SELECT r.* FROM unnest(ARRAY[
+	'''robot'', ''x''', '''User'', ''x''', 'NULL, ''x''', '''tool'', ''x''',
+	'''assistant'', tool_calls => ''{}''', '''assistant'', tool_calls => ''[1]''',
+	'''assistant'', tool_calls => ''"x"''', '''assistant'', tool_calls => ''null''',
+	'''assistant'', function_call => ''[]''', '''user'', parts => ''{}''']) AS a,
+	LATERAL raised(format('SELECT chat.add_chat_message(%L, %s)', :s1, a)) AS r;
+SELECT * FROM raised(format('SELECT chat.add_chat_message(%L, ''user'', ''x'')', :none));
+SELECT * FROM raised(format('SELECT chat.add_chat_message(%L, ''user'', ''x'',
+	message_id => %L)', :none, :none));
+SELECT * FROM raised('SELECT chat.add_chat_message(NULL, ''user'', ''x'')');
+
+-- OpenAI form
+SELECT jsonb_pretty(chat.to_openai_messages(session_id => :s1)) AS messages;
+SELECT id AS s2 FROM chat.create_chat_session() \gset
+SELECT chat.to_openai_messages(:'s2') AS empty,
+	chat.to_openai_messages(:none) IS NULL AS none,
+	chat.to_openai_messages(NULL) IS NULL AS unknown;
+-- calls without id or name are left out, what has been cut short says so
+SELECT count(*) FROM chat.add_chat_messages_batch(:'s2', '[
+	{"role": "user", "content": null},
+	{"role": "user", "content": "a", "metadata": {"context": {"url": "u", "content": "c"}}},
+	{"role": "assistant", "content": "cut", "metadata": {"interrupted": true}},
+	{"role": "assistant", "content": "whole", "metadata": {"interrupted": false}},
+	{"role": "assistant", "tool_calls": [
+		{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+		{"type": "function", "function": {"name": "g", "arguments": "{}"}},
+		{"id": "c", "type": "function", "function": {"arguments": "{}"}}],
+		"metadata": {"reasoning_details": [{"type": "r"}]}},
+	{"role": "tool", "tool_call_id": "a", "content": "hidden"}]');
+UPDATE chat.chat_message SET active = false
+WHERE session_id = :'s2' AND content = 'hidden';
+SELECT jsonb_pretty(chat.to_openai_messages(:'s2')) AS messages;
+
+-- batch
+SELECT session_id, sequence, role, content, parts, name, tool_call_id, refusal,
+	metadata
+FROM chat.add_chat_messages_batch(session_id => :s1, messages => '[
+	{"role": "user", "content": "ten"},
+	{"role": "assistant", "content": [{"type": "text", "text": "eleven"}]},
+	{"role": "user", "parts": [{"type": "image_url"}], "content": "twelve", "name": "ann"},
+	{"role": "tool", "tool_call_id": "call_2", "content": "thirteen", "metadata": {"a": 1}},
+	{"role": "assistant", "content": null, "refusal": "no"}]',
+	start_sequence => 10);
+SELECT next_sequence FROM chat.chat_session WHERE id = :s1;
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L,
+	''[{"role": "user", "content": "x"}]'', 10)', :s1));
+-- nothing is no rows
+SELECT count(*) FROM chat.add_chat_messages_batch(:s1, '[]');
+SELECT count(*) FROM chat.add_chat_messages_batch(:s1, '[]', 1);
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L, ''[]'')', :none));
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L, ''[{"role": "user"}]'')', :none));
+SELECT * FROM raised('SELECT chat.add_chat_messages_batch(NULL, ''[{"role": "user"}]'')');
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L, NULL)', :s1));
+-- a bad element is named by its index, and nothing is stored
+SELECT r.* FROM unnest(ARRAY[
+	'1', '"x"', 'null', '[]', '{}', '{"role": "robot"}', '{"role": 1}',
+	'{"role": "tool"}', '{"role": "user", "text": "x"}',
+	'{"role": "user", "content": 1}', '{"role": "user", "content": {}}',
+	'{"role": "user", "content": [], "parts": []}',
+	'{"role": "user", "parts": {}}', '{"role": "user", "name": 1}',
+	'{"role": "user", "id": "x"}', '{"role": "user", "metadata": []}',
+	'{"role": "user", "id": "00000000-0000-4000-8000-0000000000c1", "message_id": "00000000-0000-4000-8000-0000000000c1"}',
+	'{"role": "assistant", "tool_calls": {}}',
+	'{"role": "assistant", "tool_calls": ["x"]}',
+	'{"role": "assistant", "function_call": "x"}',
+	'{"role": "user", "sequence": 3}']) AS e,
+	LATERAL raised(format('SELECT chat.add_chat_messages_batch(%L, ''[{"role": "user"}, %s]'')', :s1, e)) AS r;
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L, ''{}'')', :s1));
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L, ''1'')', :s1));
+SELECT next_sequence, (SELECT count(*) FROM chat.chat_message WHERE session_id = :s1) AS messages
+FROM chat.chat_session WHERE id = :s1;
+-- ids that clients choose: the same batch again is the same messages
+\set batch '[{"role": "user", "content": "c1", "message_id": "00000000-0000-4000-8000-0000000000c1"}, {"role": "assistant", "content": "c2", "id": "00000000-0000-4000-8000-0000000000c2"}]'
+SELECT sequence, id, content FROM chat.add_chat_messages_batch(:s1, :'batch');
+SELECT sequence, id, content FROM chat.add_chat_messages_batch(:s1, :'batch');
+SELECT sequence, id FROM chat.add_chat_messages_batch(:s1, :'batch', 15);
+SELECT r.* FROM unnest(ARRAY[
+	'[{"role": "user", "content": "c1", "id": "00000000-0000-4000-8000-0000000000c1"}, {"role": "user"}]',
+	'[{"role": "user"}, {"role": "assistant", "content": "c2", "id": "00000000-0000-4000-8000-0000000000c2"}]',
+	'[{"role": "user", "content": "other", "id": "00000000-0000-4000-8000-0000000000c1"}]',
+	'[{"role": "user", "id": "00000000-0000-4000-8000-0000000000c4"}, {"role": "user"}, {"role": "user", "id": "00000000-0000-4000-8000-0000000000c4"}]']) AS b,
+	LATERAL raised(format('SELECT chat.add_chat_messages_batch(%L, %L)', :s1, b)) AS r;
+-- the same id in another session is another message
+SELECT id FROM chat.add_chat_message(:'s2', 'user', 'c1',
+	message_id => '00000000-0000-4000-8000-0000000000c1');
+-- no gap anywhere
+SELECT array_agg(sequence ORDER BY sequence) = array_agg(n ORDER BY n) AS gapless
+FROM (SELECT sequence, row_number() OVER (ORDER BY sequence) AS n
+	FROM chat.chat_message WHERE session_id = :s1) AS m;
+
+-- pages
+SELECT sequence FROM chat.get_chat_messages(session_id => :s1, max_rows => 3);
+SELECT sequence FROM chat.get_chat_messages(:s1, before_sequence => 3, max_rows => 3);
+SELECT count(*) AS all FROM chat.get_chat_messages(:s1);
+SELECT count(*) AS hidden FROM chat.get_chat_messages(:'s2') WHERE content = 'hidden';
+SELECT count(*) AS none FROM chat.get_chat_messages(:none);
+SELECT chat.get_chat_session_message_count(session_id => :s1) AS messages,
+	chat.get_chat_session_message_count(:'s2') AS active,
+	chat.get_chat_session_message_count(:none) AS none,
+	chat.get_chat_session_message_count(NULL) AS unknown;
+-- the page before a sequence costs the page, not the session
+EXPLAIN (COSTS OFF)
+SELECT * FROM chat.get_chat_messages('00000000-0000-4000-8000-000000000001', 100, 10);
+
+-- tool results: where an id was used twice, the newest
+SELECT count(*) FROM chat.add_chat_messages_batch(:s1, '[
+	{"role": "tool", "tool_call_id": "call_0", "content": "first"},
+	{"role": "user", "tool_call_id": "call_0", "content": "a user says it"},
+	{"role": "tool", "tool_call_id": "call_0", "content": "pending"},
+	{"role": "function", "tool_call_id": "call_f", "content": [{"type": "text"}]}]');
+UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
+SELECT chat.update_tool_message_content(session_id => :s1, tool_call_id => 'call_0',
+	new_content => 'done') AS found;
+SELECT updated_at = now() AS updated FROM chat.chat_session WHERE id = :s1;
+SELECT chat.update_tool_message_content(:s1, 'call_f', 'done') AS found;
+SELECT role, tool_call_id, content, parts FROM chat.get_chat_messages(:s1, max_rows => 4);
+UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
+SELECT chat.update_tool_message_content(:s1, 'call_x', 'x') AS no_call,
+	chat.update_tool_message_content(:s1, NULL, 'x') AS null_call,
+	chat.update_tool_message_content(:none, 'call_0', 'x') AS none,
+	chat.update_tool_message_content(NULL, 'call_0', 'x') AS unknown;
+SELECT updated_at FROM chat.chat_session WHERE id = :s1;
+
+-- the tables hold what the functions promise
+INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:s1, 99, 'robot');
+INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:s1, 0, 'user');
+INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:s1, 1, 'user');
+INSERT INTO chat.chat_message (session_id, sequence, role, id)
+VALUES (:s1, 99, 'user', '00000000-0000-4000-8000-0000000000c1');
+INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:none, 1, 'user');
+
+DELETE FROM chat.chat_session;
+DROP FUNCTION raised;
