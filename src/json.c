@@ -19,6 +19,15 @@
 #define ONES UINT64_C(0x0101010101010101)
 #define HIGHS UINT64_C(0x8080808080808080)
 
+/*
+ * Which byte of a word, as it lies in memory, has the first mark?  A mark may
+ * be false only behind a true one in the order of significance, so this holds
+ * where the first byte is the least significant; elsewhere a loop finds it.
+ */
+#if defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define FIRST_BYTE(marks) (__builtin_ctzll(marks) / 8)
+#endif
+
 /* U+FFFD as bytes and as an escape */
 #define REPLACEMENT "\xEF\xBF\xBD"
 #define REPLACEMENT_LEN 3
@@ -81,8 +90,15 @@ skip_plain(const char *p, const char *end, bool stop_high)
 			((slash - ONES) & ~slash);
 		if (stop_high)
 			hit |= w;
-		if (hit & HIGHS)
+		hit &= HIGHS;
+		if (hit)
+		{
+#ifdef FIRST_BYTE
+			return p + FIRST_BYTE(hit);
+#else
 			break;
+#endif
+		}
 		p += 8;
 	}
 	while (p < end)
