@@ -39,7 +39,8 @@
  *   completion_tokens=N  cached=N  reasoning_tokens=N
  * Failure:  status=CODE  retry_after=S|date:S  errmsg=T  errcode=T  errtype=T
  *   errbody=T  html=1  location=URL  error_at=UNIT  garbage=UNIT  stall=UNIT
- *   cutafter=UNIT  cut=BYTES  rst=1 (a cut resets)  hang=1  reset=1 (2: closes)
+ *   cutafter=UNIT  cut=BYTES  rst=1 (a cut resets)  hang=1
+ *   reset=1 (2: closes)
  *   hugeline=B  hugebody=B (or huge=B)  nodone=1  nofinish=1
  *   times=N key=K: only the first N requests with that key fail (the key's
  *   default is the directive itself)
@@ -946,7 +947,8 @@ next_pair(const char **p, const char *end, Pair *pair)
 static bool
 pair_is(const Pair *pair, const char *key)
 {
-	return strlen(key) == pair->klen && memcmp(pair->key, key, pair->klen) == 0;
+	return strlen(key) == pair->klen &&
+		memcmp(pair->key, key, pair->klen) == 0;
 }
 
 /* Returns a pair's value decoded, as a new string. */
@@ -1677,10 +1679,10 @@ chunk_end(Stream *s, const char *finish)
 	buf_puts(b, "}]");
 	if (!s->chunk_sent && (usage_is(s, "first") || usage_is(s, "split")))
 	{
-		bool		all = usage_is(s, "first") && s->plan.completion_tokens > 0;
+		long		given = s->plan.completion_tokens;
 
 		buf_puts(b, ",\"usage\":");
-		put_usage(s, b, all ? s->plan.completion_tokens : 0);
+		put_usage(s, b, usage_is(s, "first") && given > 0 ? given : 0);
 	}
 	else if (s->usage_in_chunks)
 		buf_puts(b, ",\"usage\":null");
@@ -2882,10 +2884,11 @@ refuse(Stream *s, int status, const char *code, const char *format,...)
 static char *
 default_text(const Facts *f, bool directive, bool after_tools)
 {
-	static const char *const pleasant = "\n\nThis is the fake model that comes "
-	"with the tests, so the words are always the same. They still travel like "
-	"real ones: each arrives as an event of its own, is stored, and reaches "
-	"every listener of the session. A real endpoint would have more to say.";
+	static const char *const pleasant =
+		"\n\nThis is the fake model that comes with the tests, so the words "
+		"are always the same. They still travel like real ones: each arrives "
+		"as an event of its own, is stored, and reaches every listener of the "
+		"session. A real endpoint would have more to say.";
 	Buf			b = {0};
 	Buf			user = f->user;
 	const char *p = buf_str(&user);
@@ -3587,8 +3590,9 @@ start_listening(const char *host, int port)
 static void
 watch_stdin(void)
 {
-	struct epoll_event ev = {.events = EPOLLIN, .data.ptr = (void *) &stopping};
+	struct epoll_event ev = {.events = EPOLLIN};
 
+	ev.data.ptr = (void *) &stopping;
 	if (epoll_ctl(epfd, EPOLL_CTL_ADD, STDIN_FILENO, &ev) < 0)
 		stopping = 1;
 }
