@@ -99,7 +99,9 @@ build/chat.exports: $(SRCS)
 	@mkdir -p build
 	{ echo '{ global: Pg_magic_func; _PG_init;'; \
 	  sed -n 's/^PG_FUNCTION_INFO_V1(\([a-z0-9_]*\)).*/\1; pg_finfo_\1;/p' \
-	  $(SRCS); echo 'local: *; };'; } >$@
+	  $(SRCS); \
+	  sed -n 's/^extern PGDLLEXPORT void \([a-z_]*\)(.*/\1;/p' \
+	  src/*.h; echo 'local: *; };'; } >$@
 
 #
 # What the tests need beside the extension, all of it in build/

@@ -171,6 +171,7 @@ static Datum
 number(const ChatField *field, const JsonbValue *value, const char *prefix)
 {
 	Datum		numeric = NumericGetDatum(value->val.numeric);
+	Datum		largest = NumericGetDatum(int64_to_numeric(PG_INT64_MAX));
 	double		d;
 
 	d = DatumGetFloat8(DirectFunctionCall1(numeric_float8_no_overflow,
@@ -179,7 +180,10 @@ number(const ChatField *field, const JsonbValue *value, const char *prefix)
 		reject(field, prefix);
 	if (field->kind == CHAT_FIELD_NUMBER)
 		return Float8GetDatum(d);
-	if (d != floor(d))
+	/* a double cannot tell the largest bigint from what is beyond it */
+	if (d != floor(d) ||
+		(d >= CHAT_FIELD_MAX &&
+		 DatumGetBool(DirectFunctionCall2(numeric_gt, numeric, largest))))
 		reject(field, prefix);
 	return DirectFunctionCall1(numeric_int8, numeric);
 }

@@ -73,7 +73,7 @@ static const struct
 	bool		optional;		/* compared only when it is given */
 }			columns[] =
 {
-	[CHAT_ENTRY_ID] = {"id", UUIDOID, true},
+	[CHAT_ENTRY_ID] = {"message_id", UUIDOID, true},
 	[CHAT_ENTRY_ROLE] = {"role", TEXTOID, false},
 	[CHAT_ENTRY_CONTENT] = {"content", TEXTOID, false},
 	[CHAT_ENTRY_PARTS] = {"parts", JSONBOID, false},

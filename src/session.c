@@ -858,6 +858,11 @@ merge(const ChatScope *scope, Document *doc, const ChatEntries *entries)
 			check_server(name);
 	}
 	from = chat_message_overlap(session, entries);
+	if (from < entries->n && chat_message_stored(session, entries, from))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNIQUE_VIOLATION),
+				 errmsg("message at index %d: stored already, but hidden",
+						from)));
 	set_column(doc, DOC_APPENDED, Int64GetDatum(entries->n - from));
 	exec_document(&merge_session, doc);
 	if (from < entries->n)
