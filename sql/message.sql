@@ -27,7 +27,7 @@ UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
 SELECT session_id, sequence, id IS NOT NULL AS id, role, content, active,
 	metadata, created_at = now() AS created
 FROM chat.add_chat_message(session_id => :s1, role => 'system', content => 'Be brief.');
-SELECT next_sequence, updated_at = now() AS updated FROM chat.chat_session WHERE id = :s1;
+SELECT next_sequence, updated_at > '2001-01-01' AS updated FROM chat.chat_session WHERE id = :s1;
 \x on
 SELECT sequence, role, content, name FROM chat.add_chat_message(:s1, 'developer',
 	'Use UTC.', name => 'dev');
@@ -95,7 +95,10 @@ SELECT count(*) FROM chat.add_chat_messages_batch(:'s2', '[
 	{"role": "tool", "tool_call_id": "a", "content": "hidden"}]');
 UPDATE chat.chat_message SET active = false
 WHERE session_id = :'s2' AND content = 'hidden';
-SELECT jsonb_pretty(chat.to_openai_messages(:'s2')) AS messages;
+SELECT n, m ->> 'role' AS role, m - 'role' - 'content' AS others,
+	m ->> 'content' IN ('', 'whole') AS as_is, m ->> 'content' LIKE 'cut_%' AS marked,
+	m ->> 'content' LIKE '%_a' AS with_context
+FROM jsonb_array_elements(chat.to_openai_messages(:'s2')) WITH ORDINALITY AS e(m, n);
 
 -- batch
 SELECT session_id, sequence, role, content, parts, name, tool_call_id, refusal,
@@ -165,8 +168,20 @@ SELECT chat.get_chat_session_message_count(session_id => :s1) AS messages,
 	chat.get_chat_session_message_count(:none) AS none,
 	chat.get_chat_session_message_count(NULL) AS unknown;
 -- the page before a sequence costs the page, not the session
-EXPLAIN (COSTS OFF)
-SELECT * FROM chat.get_chat_messages('00000000-0000-4000-8000-000000000001', 100, 10);
+CREATE FUNCTION index_condition(query text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+	plan json;
+BEGIN
+	EXECUTE 'EXPLAIN (FORMAT JSON) ' || query INTO plan;
+	RETURN jsonb_path_query_first(plan::jsonb, 'strict $.**."Index Cond"') #>> '{}';
+END
+$$;
+SET enable_seqscan = off;
+SET enable_bitmapscan = off;
+SELECT index_condition('SELECT * FROM chat.get_chat_messages(
+	''00000000-0000-4000-8000-000000000001'', 100, 10)');
+RESET enable_seqscan;
+RESET enable_bitmapscan;
 
 -- tool results: where an id was used twice, the newest
 SELECT count(*) FROM chat.add_chat_messages_batch(:s1, '[
@@ -177,7 +192,7 @@ SELECT count(*) FROM chat.add_chat_messages_batch(:s1, '[
 UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
 SELECT chat.update_tool_message_content(session_id => :s1, tool_call_id => 'call_0',
 	new_content => 'done') AS found;
-SELECT updated_at = now() AS updated FROM chat.chat_session WHERE id = :s1;
+SELECT updated_at > '2001-01-01' AS updated FROM chat.chat_session WHERE id = :s1;
 SELECT chat.update_tool_message_content(:s1, 'call_f', 'done') AS found;
 SELECT role, tool_call_id, content, parts FROM chat.get_chat_messages(:s1, max_rows => 4);
 UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
@@ -188,12 +203,14 @@ SELECT chat.update_tool_message_content(:s1, 'call_x', 'x') AS no_call,
 SELECT updated_at FROM chat.chat_session WHERE id = :s1;
 
 -- the tables hold what the functions promise
-INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:s1, 99, 'robot');
-INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:s1, 0, 'user');
-INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:s1, 1, 'user');
-INSERT INTO chat.chat_message (session_id, sequence, role, id)
-VALUES (:s1, 99, 'user', '00000000-0000-4000-8000-0000000000c1');
-INSERT INTO chat.chat_message (session_id, sequence, role) VALUES (:none, 1, 'user');
+SELECT r.state, r.message FROM unnest(ARRAY[
+	$$99, 'robot', gen_random_uuid()$$, $$0, 'user', gen_random_uuid()$$,
+	$$1, 'user', gen_random_uuid()$$,
+	$$99, 'user', '00000000-0000-4000-8000-0000000000c1'$$]) AS v,
+	LATERAL raised(format('INSERT INTO chat.chat_message (session_id, sequence, role, id)
+		VALUES (%L, %s)', :s1, v)) AS r;
+SELECT state, message FROM raised(format('INSERT INTO chat.chat_message
+	(session_id, sequence, role) VALUES (%L, 1, ''user'')', :none));
 
 DELETE FROM chat.chat_session;
-DROP FUNCTION raised;
+DROP FUNCTION raised, index_condition;

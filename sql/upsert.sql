@@ -59,7 +59,7 @@ SELECT jsonb_pretty(chat.upsert_chat_session('{
 			"message_id": "00000000-0000-4000-8000-0000000000b3",
 			"created_at": "2024-02-29T12:00:03+01:00", "metadata": {"m": 1}}]}')
 	- 'updated_at') AS document;
-SELECT next_sequence, owner = current_user::regrole AS owner, updated_at = now() AS updated
+SELECT next_sequence, owner = current_user::regrole AS owner, updated_at > created_at AS updated
 FROM chat.chat_session WHERE id = :s1;
 
 -- upsert(get(x)) changes nothing at all
@@ -129,7 +129,7 @@ FROM chat.upsert_chat_session(jsonb_build_object('session_id', :s1, 'messages', 
 	{"role": "assistant", "content": "It is sunny."},
 	{"role": "user", "content": "Thanks", "active": false,
 		"task_id": "00000000-0000-4000-8000-0000000000a1"}]'::jsonb)) AS d;
-SELECT sequence, role, active, task_id, created_at = now() AS created
+SELECT sequence, role, active, task_id, created_at > '2024-02-29 13:00' AS created
 FROM chat.chat_message WHERE session_id = :s1 AND sequence > 3 ORDER BY sequence;
 SELECT next_sequence FROM chat.chat_session WHERE id = :s1;
 -- where the overlap differs, nothing is written
@@ -153,11 +153,20 @@ SELECT version(:s1) = :'before' AS nothing_written;
 SELECT * FROM raised(format('SELECT chat.upsert_chat_session(%L)', (SELECT jsonb_build_object(
 	'session_id', :s1, 'messages', d -> 'messages' || '{"role": "user",
 	"message_id": "00000000-0000-4000-8000-0000000000b1"}') FROM chat.get_chat_session(:s1) AS d)));
+SELECT * FROM raised(format('SELECT chat.upsert_chat_session(%L)', (SELECT jsonb_build_object(
+	'session_id', :s1, 'messages', (d #- '{messages,0,message_id}') -> 'messages'
+	|| '{"role": "user", "message_id": "00000000-0000-4000-8000-0000000000b1"}')
+	FROM chat.get_chat_session(:s1) AS d)));
+-- neither can one that is hidden
+SELECT id AS hidden FROM chat.chat_message WHERE session_id = :s1 AND NOT active \gset
+SELECT * FROM raised(format('SELECT chat.upsert_chat_session(%L)', (SELECT jsonb_build_object(
+	'session_id', :s1, 'messages', d -> 'messages' || jsonb_build_object('role', 'user',
+	'content', 'Thanks', 'message_id', :'hidden')) FROM chat.get_chat_session(:s1) AS d)));
 
 -- a document goes to another place
 SELECT d AS document FROM chat.get_chat_session(:s1) AS d \gset
 SELECT chat.delete_chat_session(:s1) AS deleted;
-SELECT d - 'updated_at' - 'messages' = e - 'updated_at' - 'messages' AS same,
+SELECT d - 'updated_at' - 'messages' - 'server' = e - 'updated_at' - 'messages' - 'server' AS same,
 	jsonb_path_query_array(d, '$.messages[*].message_id')
 	= jsonb_path_query_array(e, '$.messages[*].message_id') AS same_messages
 FROM (VALUES (:'document'::jsonb)) AS v(e),
