@@ -148,16 +148,77 @@ command(const char *sql)
 	PQclear(res);
 }
 
+/* Returns how many characters a UTF-8 string has. */
+static int
+width(const char *s)
+{
+	int			n = 0;
+
+	for (; *s; s++)
+		n += ((unsigned char) *s & 0xC0) != 0x80;
+	return n;
+}
+
+/* Prints a value on one line, filled up to a width; numbers to the right. */
+static void
+print_value(const char *s, int fill, bool right)
+{
+	int			pad = fill - width(s);
+
+	printf("%*s", right && pad > 0 ? pad : 0, "");
+	for (; *s; s++)
+		putchar((unsigned char) *s < ' ' ? ' ' : *s);
+	printf("%*s", !right && pad > 0 ? pad : 0, "");
+}
+
+/* Prints a result as psql does. */
+static void
+print_rows(const PGresult *res)
+{
+	int			columns = PQnfields(res);
+	int			fill[16];
+
+	for (int c = 0; c < columns && c < 16; c++)
+	{
+		fill[c] = width(PQfname(res, c));
+		for (int r = 0; r < PQntuples(res); r++)
+			if (width(PQgetvalue(res, r, c)) > fill[c])
+				fill[c] = width(PQgetvalue(res, r, c));
+	}
+	for (int c = 0; c < columns; c++)
+	{
+		printf(c ? " | " : " ");
+		print_value(PQfname(res, c), fill[c], false);
+	}
+	for (int c = 0; c < columns; c++)
+	{
+		printf(c ? "+-" : "\n-");
+		for (int i = 0; i <= fill[c]; i++)
+			putchar('-');
+	}
+	for (int r = 0; r < PQntuples(res); r++)
+	{
+		for (int c = 0; c < columns; c++)
+		{
+			/* the numbers among our columns are int4 and int8 */
+			bool		right = PQftype(res, c) == 20 || PQftype(res, c) == 23;
+
+			printf(c ? " | " : "\n ");
+			print_value(PQgetvalue(res, r, c), fill[c], right);
+		}
+	}
+	printf("\n(%d row%s)\n\n", PQntuples(res), PQntuples(res) == 1 ? "" : "s");
+}
+
 /* Shows and runs a query and prints its rows. */
 static PGresult *
 query(const char *sql)
 {
-	PQprintOpt	opt = {.header = 1,.align = 1,.fieldSep = "|"};
 	PGresult   *res;
 
 	show(sql);
 	res = run(sql);
-	PQprint(stdout, res, &opt);
+	print_rows(res);
 	return res;
 }
 

@@ -37,7 +37,8 @@ my @results = grep { !/_\d$/ } map { m{expected/(.*)\.out} }
   glob 'test/isolation/expected/*.out';
 is_deeply(\@results, \@specs, 'isolation specs have their output');
 
-# exported symbols: what CREATE FUNCTION names, and what a module must have
+# exported symbols: what CREATE FUNCTION names, what processes start in, and
+# what a module must have
 my $library = $ENV{CHAT_LIBRARY};
 if (!$library)
 {
@@ -55,9 +56,14 @@ foreach my $file (glob 'src/*.c')
 		@wanted{ $1, "pg_finfo_$1" } = (1, 1);
 	}
 }
+foreach my $file (glob 'src/*.h')
+{
+	my $source = slurp_file($file);
+	$wanted{$1} = 1 while $source =~ /^extern PGDLLEXPORT void (\w+)\(/mg;
+}
 ok(@exported > 0, 'the library exports something');
 is_deeply([ sort @exported ], [ sort keys %wanted ],
-	'it exports the functions of the extension and nothing else');
+	'it exports what the server looks up and nothing else');
 
 # C functions of the install script are there
 my $script = slurp_file("sql/chat--$version.sql");
