@@ -241,6 +241,8 @@ INSERT INTO chat.chat_session (owner, user_id)
 SELECT 'regress_chat_mallory', 'many' FROM generate_series(1, 5000);
 INSERT INTO chat.chat_message (session_id, sequence, role)
 SELECT s.id, 1, 'user' FROM chat.chat_session AS s WHERE user_id = 'many';
+INSERT INTO chat.chat_message (session_id, sequence, role)
+SELECT :s2, n, 'user' FROM generate_series(1, 3000) AS n;
 ANALYZE chat.chat_session, chat.chat_message;
 -- the scans of a query: how often each ran, and how many rows it looked at
 CREATE FUNCTION scans(query text) RETURNS TABLE (
@@ -268,6 +270,13 @@ SELECT * FROM scans('SELECT * FROM chat.chat_message
 SELECT * FROM scans('SELECT * FROM chat.get_chat_messages(
 	''00000000-0000-4000-8000-000000000001'', max_rows => 10)');
 SELECT * FROM scans('SELECT * FROM chat.get_user_chat_sessions(''u1'')');
+-- a long session is no reason to look at all sessions, nor is its newest page
+-- one to look at all of its messages
+SELECT * FROM scans('SELECT count(*) FROM chat.chat_message
+	WHERE session_id = ''00000000-0000-4000-8000-000000000002''')
+WHERE relation = 'chat_session';
+SELECT * FROM scans('SELECT * FROM chat.get_chat_messages(
+	''00000000-0000-4000-8000-000000000002'', max_rows => 10)');
 RESET ROLE;
 -- the same without it
 SELECT * FROM scans('SELECT * FROM chat.chat_message

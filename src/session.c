@@ -11,16 +11,16 @@
  */
 #include "postgres.h"
 
-#include "catalog/pg_authid.h"
+#include "access/htup_details.h"
 #include "common/int.h"
 #include "foreign/foreign.h"
 #include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/syscache.h"
+#include "utils/tuplestore.h"
 
 #include "compat.h"
 #include "context.h"
@@ -788,7 +788,7 @@ add(int64 *sum, Datum count, bool isnull)
 				 errmsg("sum of usage is out of range")));
 }
 
-/* Sums a document's usage entries into its totals, of which the larger count. */
+/* Sums a document's usage entries; the larger of sum and total counts. */
 static void
 sum_usage(Document *doc)
 {
