@@ -13,7 +13,7 @@
 PG_CONFIG ?= pg_config
 
 # Goals that work without any PostgreSQL; the rest is PGXS's.
-FRONT = check check-aimock demo bench chaos
+FRONT = check demo bench
 
 ifneq (,$(filter $(FRONT),$(MAKECMDGOALS)))
 
@@ -34,14 +34,6 @@ demo:
 bench:
 	@test/install-deps bench
 	@test/bench.sh $(LOADS)
-
-chaos:
-	@test/install-deps check
-	@test/chaos.sh
-
-check-aimock:
-	@test/install-deps check
-	@test/run aimock
 
 # make clean check
 $(filter-out $(FRONT),$(MAKECMDGOALS)):
@@ -73,7 +65,7 @@ SHLIB_LINK += $(if $(EXPORTS),$(EXPORTS_FLAG))
 
 # Regression tests, in this order; the first one creates the extension.
 # Inputs are sql/NAME.sql, expected output is in expected/NAME.out.
-REGRESS = install endpoint session message upsert
+REGRESS = install endpoint session message upsert access
 REGRESS_OPTS = --encoding=UTF8
 
 # Isolation specs: test/isolation/specs/NAME.spec
