@@ -93,6 +93,8 @@ CREATE TABLE chat.chat_task (
 	-- id of the assistant message that the task writes
 	answer_id uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
 	run integer NOT NULL DEFAULT -1,
+	-- waits for operations that leave the session free
+	detached boolean NOT NULL DEFAULT false,
 	slot smallint,
 	steps integer NOT NULL DEFAULT 0 CHECK (steps >= 0),
 	prompt_tokens bigint NOT NULL DEFAULT 0 CHECK (prompt_tokens >= 0),
@@ -140,14 +142,89 @@ CREATE TABLE chat.chat_job (
 	rerun boolean NOT NULL DEFAULT false,
 	-- number of the last event, when no new run starts
 	last_seq bigint NOT NULL DEFAULT 0,
+	-- the task waits for its tool calls: whoever ends one of them makes it due
+	parked boolean NOT NULL DEFAULT false,
+	-- the call that a tool job runs
+	operation_id uuid,
 	-- identity of the worker that holds it
 	holder bigint,
 	-- fencing: grows with every claim, each write of the holder checks it
 	epoch bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
-	WHERE holder IS NULL;
+	WHERE holder IS NULL AND kind <> 'tool';
+CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
+	WHERE holder IS NULL AND kind = 'tool';
 CREATE INDEX chat_job_session_idx ON chat.chat_job (session_id);
+
+CREATE TABLE chat.chat_tool (
+	id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+	-- NULL: shared by all, the DBA's
+	owner regrole,
+	name text NOT NULL CHECK (name ~ '^[a-zA-Z0-9_-]{1,64}$'),
+	kind text NOT NULL CHECK (kind IN ('sql', 'http', 'client')),
+	-- signature of the function, resolved when it runs
+	function text,
+	server name,
+	path text,
+	description text,
+	parameters jsonb NOT NULL
+		CHECK (pg_catalog.jsonb_typeof(parameters) = 'object'),
+	timeout interval CHECK (timeout > '0'),
+	long_running boolean NOT NULL DEFAULT false,
+	idempotent boolean NOT NULL DEFAULT false,
+	read_only boolean NOT NULL DEFAULT false,
+	approval text NOT NULL DEFAULT 'auto'
+		CHECK (approval IN ('auto', 'ask', 'deny')),
+	enabled boolean NOT NULL DEFAULT true,
+	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	UNIQUE NULLS NOT DISTINCT (owner, name),
+	CHECK (CASE kind WHEN 'sql' THEN function IS NOT NULL
+		WHEN 'http' THEN server IS NOT NULL ELSE true END)
+);
+
+-- One row per call, known by its message and position: a model may send the
+-- same id twice.
+CREATE TABLE chat.chat_tool_call (
+	operation_id uuid PRIMARY KEY DEFAULT pg_catalog.gen_random_uuid(),
+	session_id uuid NOT NULL
+		REFERENCES chat.chat_session ON DELETE CASCADE,
+	task_id uuid NOT NULL,
+	-- the assistant message that asks, and the place in its tool_calls
+	message_id uuid NOT NULL,
+	position integer NOT NULL CHECK (position > 0),
+	-- the tool message that the result goes to
+	sequence bigint NOT NULL,
+	step integer NOT NULL,
+	call_id text NOT NULL,
+	name text NOT NULL,
+	kind text NOT NULL CHECK (kind IN ('sql', 'http', 'client', 'none')),
+	tool_id bigint,
+	arguments text NOT NULL,
+	input jsonb,
+	timeout interval,
+	long_running boolean NOT NULL DEFAULT false,
+	idempotent boolean NOT NULL DEFAULT false,
+	-- approval: somebody must allow it; pending: a job will run it;
+	-- waiting: its end comes from elsewhere
+	status text NOT NULL CHECK (status IN ('approval', 'pending', 'running',
+		'waiting', 'completed', 'failed', 'denied', 'cancelled')),
+	result text,
+	deadline timestamptz,
+	-- listeners know that it waits; listeners and the model know its result
+	announced boolean NOT NULL DEFAULT false,
+	delivered boolean NOT NULL DEFAULT false,
+	-- what came when all was over
+	late jsonb,
+	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	started_at timestamptz,
+	ended_at timestamptz,
+	UNIQUE (session_id, message_id, position),
+	CHECK ((status IN ('completed', 'failed', 'denied', 'cancelled'))
+		= (ended_at IS NOT NULL)),
+	CHECK ((ended_at IS NOT NULL) = (result IS NOT NULL))
+);
+CREATE INDEX chat_tool_call_task_idx ON chat.chat_tool_call (task_id, step);
 
 CREATE TABLE chat.chat_event (
 	slot smallint NOT NULL,
@@ -186,6 +263,8 @@ COMMENT ON COLUMN chat.chat_message.active IS 'whether it is of the branch that 
 COMMENT ON COLUMN chat.chat_message.metadata IS 'model, finish reason, usage and the like; interrupted: true marks an answer that was cut short';
 COMMENT ON TABLE chat.chat_task IS 'turns: from a user''s message to the final answer';
 COMMENT ON TABLE chat.chat_job IS 'the queue that the workers take their jobs from';
+COMMENT ON TABLE chat.chat_tool IS 'tools that models may call';
+COMMENT ON TABLE chat.chat_tool_call IS 'calls of tools, each with its one result';
 COMMENT ON TABLE chat.chat_event IS 'event streams of tasks, in the AI SDK''s UI message stream vocabulary';
 COMMENT ON TABLE chat.chat_event_slot IS 'rotation of the partitions of chat_event';
 
@@ -202,6 +281,8 @@ ALTER TABLE chat.chat_message ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_task ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_event ENABLE ROW LEVEL SECURITY;
+ALTER TABLE chat.chat_tool ENABLE ROW LEVEL SECURITY;
+ALTER TABLE chat.chat_tool_call ENABLE ROW LEVEL SECURITY;
 -- what has no policy shows nothing, whatever a DBA grants by mistake
 ALTER TABLE chat.chat_event_slot ENABLE ROW LEVEL SECURITY;
 DO $$
@@ -220,6 +301,10 @@ CREATE POLICY visible ON chat.chat_session FOR SELECT USING (
 CREATE POLICY visible ON chat.chat_message FOR SELECT USING (
 	(SELECT true FROM chat.chat_session AS s WHERE s.id = session_id));
 CREATE POLICY visible ON chat.chat_task FOR SELECT USING (
+	(SELECT true FROM chat.chat_session AS s WHERE s.id = session_id));
+CREATE POLICY visible ON chat.chat_tool FOR SELECT USING (
+	owner IS NULL OR pg_catalog.pg_has_role(owner, 'USAGE'));
+CREATE POLICY visible ON chat.chat_tool_call FOR SELECT USING (
 	(SELECT true FROM chat.chat_session AS s WHERE s.id = session_id));
 CREATE POLICY visible ON chat.chat_event FOR SELECT USING (
 	(SELECT true FROM chat.chat_task AS t WHERE t.id = task_id));
@@ -664,3 +749,6 @@ SELECT pg_catalog.pg_extension_config_dump('chat.chat_session', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_message', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_task', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_task_place_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool_call', '');
