@@ -175,8 +175,7 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 
 			chat_context_row(&c->messages[m], row, 2);
 			/* what is opaque goes back only to the server it came from */
-			if (from == NULL || strcmp(from, server) != 0)
-				c->messages[m].reasoning_details = str(NULL);
+			c->messages[m].foreign = from == NULL || strcmp(from, server) != 0;
 		}
 	}
 }

@@ -1594,7 +1594,7 @@ put_arguments(StringInfo out, const Members *fn)
 
 /* Appends one stored tool call; false, and nothing, without id or name. */
 static bool
-put_tool_call(StringInfo out, const Member *call, bool first)
+put_tool_call(StringInfo out, const Member *call, bool first, bool foreign)
 {
 	static const char *const known[] = {
 		"index", "id", "type", "function", NULL
@@ -1615,16 +1615,18 @@ put_tool_call(StringInfo out, const Member *call, bool first)
 	appendStringInfoString(out, "{\"name\":");
 	put_string(out, name);
 	put_arguments(out, &fn);
-	put_other_members(out, &fn, fn_known);
+	if (!foreign)
+		put_other_members(out, &fn, fn_known);
 	appendStringInfoChar(out, '}');
-	put_other_members(out, &ms, known);
+	if (!foreign)
+		put_other_members(out, &ms, known);
 	appendStringInfoChar(out, '}');
 	return true;
 }
 
 /* Appends a message's tool calls, if any of them can be sent. */
 static void
-put_tool_calls(StringInfo out, ChatStr tool_calls)
+put_tool_calls(StringInfo out, ChatStr tool_calls, bool foreign)
 {
 	Members		calls = list_members(tool_calls, '[');
 	int			start = out->len;
@@ -1634,7 +1636,7 @@ put_tool_calls(StringInfo out, ChatStr tool_calls)
 	appendStringInfoChar(out, '[');
 	for (int i = 0; i < calls.n; i++)
 	{
-		if (put_tool_call(out, &calls.list[i], !any))
+		if (put_tool_call(out, &calls.list[i], !any, foreign))
 			any = true;
 	}
 	if (any)
@@ -1677,9 +1679,10 @@ put_message(StringInfo out, const ChatMessage *msg)
 	if (equals(msg->role, "assistant"))
 	{
 		put_text_member(out, "refusal", msg->refusal);
-		put_tool_calls(out, msg->tool_calls);
+		put_tool_calls(out, msg->tool_calls, msg->foreign);
 		put_function_call(out, msg->function_call);
-		put_reasoning(out, msg->reasoning_details);
+		if (!msg->foreign)
+			put_reasoning(out, msg->reasoning_details);
 	}
 	appendStringInfoChar(out, '}');
 }

@@ -126,6 +126,7 @@ typedef struct ChatMessage
 	ChatStr		reasoning_details;	/* raw JSON array to send back */
 	ChatStr		context;		/* raw JSON object {"url","content"} */
 	bool		interrupted;	/* the answer was cut short */
+	bool		foreign;		/* of another server: what is opaque stays here */
 } ChatMessage;
 
 /* What a request says; absent members are not sent. */

@@ -12,6 +12,7 @@
 #	my $task = ask($node, $session->{id}, 'hello [[tokens=20]]');
 #	my @events = $listener->turn($task);		# up to the terminal event
 #	wait_for_task($node, $task);				# its final status
+#	my @turns = run_turns($node, 'a [[eol=cr]]', 'b');	# each in a session
 #
 # Everything waits for a state, for timeout_default seconds at most; nothing
 # sleeps for a fixed time.  What this module starts ends with the test.
@@ -32,7 +33,7 @@ use ChatTest::Listener;
 
 our @EXPORT = qw(
   chat_cluster start_fake create_server server_sql
-  create_session listener ask
+  create_session listener ask run_turns turn_of
   wait_for wait_for_task wait_for_worker
   events stored_events rows row decode encode literal
   text_of types_of build_file
@@ -190,6 +191,43 @@ sub ask
 	  map { "$_ => " . literal($args{$_}) } sort keys %args;
 
 	return $node->safe_psql($db, "SELECT chat.stream_chat_completion($list)");
+}
+
+# Sends each message to a session of its own, all at once, and waits for the
+# ends; returns what turn_of() returns of each, in the order of the messages.
+sub run_turns
+{
+	my ($node, @messages) = @_;
+	my $list = join ', ',
+	  map { "($_, " . literal($messages[$_]) . ')' } 0 .. $#messages;
+	my @tasks = split /\n/, $node->safe_psql('postgres', <<"EOF");
+SELECT chat.stream_chat_completion((chat.create_chat_session()).id, m)
+FROM (VALUES $list) AS v (n, m) ORDER BY n
+EOF
+
+	return map { turn_of($node, $_) } @tasks;
+}
+
+# Waits for a task's end; returns its row with session, task, the message that
+# it wrote (answer, undef if none) and its stored events.
+sub turn_of
+{
+	my ($node, $task) = @_;
+	my $row = wait_for_task($node, $task);
+	my $id = literal($task);
+	my $more = row($node, <<"EOF");
+SELECT (SELECT to_json(m) FROM chat.chat_message AS m
+	WHERE m.session_id = '$row->{session_id}'
+		AND m.id = '$row->{answer_id}') AS answer,
+	(SELECT json_agg(e.payload ORDER BY e.seq) FROM chat.chat_event AS e
+	WHERE e.task_id = $id) AS events
+EOF
+
+	return {
+		%$row, %$more,
+		task => $task,
+		session => $row->{session_id}
+	};
 }
 
 # Waits until a query returns true.
