@@ -136,22 +136,9 @@ chat_job_ring(PG_FUNCTION_ARGS)
 
 /* ---------- stream_chat_completion ---------- */
 
-/* The arguments of stream_chat_completion, NULL = not given. */
-typedef struct Call
-{
-	pg_uuid_t  *session;
-	text	   *message;
-	bool		is_user_message;
-	text	   *user_id;
-	Jsonb	   *context;
-	pg_uuid_t  *message_id;
-	char	   *server;
-	Jsonb	   *options;
-} Call;
-
 /* Reads the arguments, checks those that need no table. */
 static void
-read_call(FunctionCallInfo fcinfo, Call *c)
+read_call(FunctionCallInfo fcinfo, ChatCall *c)
 {
 	memset(c, 0, sizeof(*c));
 	if (!PG_ARGISNULL(0))
@@ -197,8 +184,8 @@ check_context(Jsonb *context)
 }
 
 /* Checks the arguments that need no table. */
-static void
-check_call(const Call *c)
+void
+chat_task_check(const ChatCall *c)
 {
 	if (c->session == NULL)
 		chat_session_missing(NULL);
@@ -225,7 +212,7 @@ check_call(const Call *c)
  * is none.  An id that a stored message has, but no task, is an error.
  */
 static bool
-find_earlier(const Call *c, pg_uuid_t *task)
+find_earlier(const ChatCall *c, pg_uuid_t *task)
 {
 	Datum		values[2] = {UUIDPGetDatum(c->session), (Datum) 0};
 
@@ -245,7 +232,7 @@ find_earlier(const Call *c, pg_uuid_t *task)
 
 /* Locks the session; says whose it is and what endpoint it names. */
 static void
-lock_call_session(const Call *c, const ChatScope *scope, Oid *owner,
+lock_call_session(const ChatCall *c, const ChatScope *scope, Oid *owner,
 				  char **server, char **model)
 {
 	Datum		values[4];
@@ -266,7 +253,7 @@ lock_call_session(const Call *c, const ChatScope *scope, Oid *owner,
 
 /* Returns the model that the call's options name, else the session's. */
 static const char *
-call_model(const Call *c, const char *session_model)
+call_model(const ChatCall *c, const char *session_model)
 {
 	JsonbValue	v;
 
@@ -277,43 +264,51 @@ call_model(const Call *c, const char *session_model)
 	return session_model;
 }
 
-/* stream_chat_completion: queues a turn, returns its task. */
-Datum
-chat_stream_chat_completion(PG_FUNCTION_ARGS)
+/* Queues a turn, unless its message id has started one; returns its task. */
+pg_uuid_t
+chat_task_queue(const ChatScope *scope, const ChatCall *c)
 {
-	Call		c;
-	ChatScope	scope;
 	Datum		values[9];
 	char		nulls[10] = "         ";
-	pg_uuid_t  *task = palloc(sizeof(pg_uuid_t));
+	pg_uuid_t	task;
 	Oid			owner;
 	char	   *server;
 	char	   *model;
 
+	lock_call_session(c, scope, &owner, &server, &model);
+	if (find_earlier(c, &task))
+		return task;
+	chat_server_check(server, owner, call_model(c, model));
+	values[0] = UUIDPGetDatum(c->session);
+	values[1] = UUIDPGetDatum(c->message_id);
+	nulls[1] = c->message_id ? ' ' : 'n';
+	values[2] = CStringGetTextDatum(c->is_user_message ? "user" : "assistant");
+	values[3] = PointerGetDatum(c->message);
+	nulls[3] = c->message ? ' ' : 'n';
+	values[4] = PointerGetDatum(c->context);
+	nulls[4] = c->context ? ' ' : 'n';
+	values[5] = CStringGetTextDatum(server);
+	values[6] = c->options ? JsonbPGetDatum(c->options)
+		: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
+	values[7] = ObjectIdGetDatum(owner);
+	values[8] = ObjectIdGetDatum(MyDatabaseId);
+	chat_db_exec(&add_task, values, nulls);
+	return chat_db_uuid(0, 1);
+}
+
+/* stream_chat_completion: queues a turn, returns its task. */
+Datum
+chat_stream_chat_completion(PG_FUNCTION_ARGS)
+{
+	ChatCall	c;
+	ChatScope	scope;
+	pg_uuid_t  *task = palloc(sizeof(pg_uuid_t));
+
 	chat_shmem_require();
 	read_call(fcinfo, &c);
-	check_call(&c);
+	chat_task_check(&c);
 	chat_db_enter(&scope);
-	lock_call_session(&c, &scope, &owner, &server, &model);
-	if (!find_earlier(&c, task))
-	{
-		chat_server_check(server, owner, call_model(&c, model));
-		values[0] = UUIDPGetDatum(c.session);
-		values[1] = UUIDPGetDatum(c.message_id);
-		nulls[1] = c.message_id ? ' ' : 'n';
-		values[2] = CStringGetTextDatum(c.is_user_message ? "user" : "assistant");
-		values[3] = PointerGetDatum(c.message);
-		nulls[3] = c.message ? ' ' : 'n';
-		values[4] = PointerGetDatum(c.context);
-		nulls[4] = c.context ? ' ' : 'n';
-		values[5] = CStringGetTextDatum(server);
-		values[6] = c.options ? JsonbPGetDatum(c.options)
-			: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
-		values[7] = ObjectIdGetDatum(owner);
-		values[8] = ObjectIdGetDatum(MyDatabaseId);
-		chat_db_exec(&add_task, values, nulls);
-		*task = chat_db_uuid(0, 1);
-	}
+	*task = chat_task_queue(&scope, &c);
 	chat_db_leave(&scope);
 	PG_RETURN_UUID_P(task);
 }
