@@ -53,7 +53,9 @@
 /*
  * With waves, all streams start together, by one commit, and the next wave
  * when all have ended.  Otherwise a stream that ends starts its next turn at
- * once, and the figures are those of "seconds" after all have begun.
+ * once, and the figures are those of "seconds" after all have begun.  They
+ * begin as fast as they can, so that ends and beginnings come in bursts ever
+ * after; or, staggered, spread evenly over the time that a turn takes.
  */
 typedef struct Load
 {
@@ -63,16 +65,19 @@ typedef struct Load
 	int			delay;			/* ms between tokens */
 	double		seconds;
 	int			waves;
+	bool		stagger;
 	const char *what;
 } Load;
 
 static const Load loads[] = {
-	{"W1", 1000, 200, 20, 12, 0, "1000 streams, 20 ms apart"},
-	{"W2", 100, 500, 0, 0, 20, "100 streams of 500, no delay"},
-	{"W3", 1, 50, 20, 12, 0, "one stream, 20 ms apart"},
-	{"W4", 5000, 200, 50, 12, 0, "5000 streams, 50 ms apart"},
-	{"W5", 64, 1, 0, 8, 0, "64 sessions, turns of 1 token"},
-	{"W6", 64, 10, 0, 8, 0, "64 sessions, turns of 10 tokens"},
+	{"W1", 1000, 200, 20, 12, 0, false, "1000 streams, 20 ms apart"},
+	{"W2", 100, 500, 0, 0, 20, false, "100 streams of 500, no delay"},
+	{"W3", 1, 50, 20, 12, 0, false, "one stream, 20 ms apart"},
+	{"W4", 5000, 200, 50, 12, 0, false, "5000 streams, 50 ms apart"},
+	{"W5", 64, 1, 0, 8, 0, false, "64 sessions, turns of 1 token"},
+	{"W6", 64, 10, 0, 8, 0, false, "64 sessions, turns of 10 tokens"},
+	{"W1s", 1000, 200, 20, 12, 0, true, "as W1, begun one after the other"},
+	{"W4s", 5000, 200, 50, 12, 0, true, "as W4, begun one after the other"},
 };
 
 #define NLOADS ((int) (sizeof(loads) / sizeof(loads[0])))
@@ -309,6 +314,7 @@ typedef struct Course
 {
 	Load		load;
 	Phase		phase;
+	int			begun;			/* streams whose first turn was begun */
 	int			started;		/* streams that have shown a token */
 	int			active;
 	long		turns;			/* that ended while measuring */
@@ -341,21 +347,44 @@ next_wave(void)
 	course.start_wave();
 }
 
+/* Begins the first turns that are due. */
+static void
+begin_due(void)
+{
+	int64_t		turn = course.load.tokens * course.load.delay * MS;
+	int64_t		now = now_ns();
+
+	while (course.begun < course.load.streams &&
+		   (!course.load.stagger || now - course.began >=
+			turn * course.begun / course.load.streams))
+	{
+		course.active++;
+		course.all_turns++;
+		course.start(course.begun++);
+	}
+}
+
 /* Begins the run. */
 static void
 course_begin(void)
 {
 	course.wave_rates = zalloc(course.load.waves + 1, sizeof(double));
+	course.began = now_ns();
 	if (course.load.waves)
 	{
+		course.begun = course.load.streams;
 		course.phase = MEASURING;
 		course.window(true);
 		next_wave();
-		return;
 	}
-	course.active = course.all_turns = course.load.streams;
-	for (int i = 0; i < course.load.streams; i++)
-		course.start(i);
+	begin_due();
+}
+
+/* Returns how long the run may sleep at most, in milliseconds. */
+static int
+course_sleep(void)
+{
+	return course.begun < course.load.streams ? 1 : 50;
 }
 
 /* Notes that a stream has shown its first token of all. */
@@ -398,6 +427,7 @@ course_check(void)
 	static int64_t since;
 	int64_t		now = now_ns();
 
+	begin_due();
 	if (course.phase == MEASURING && course.load.waves == 0 &&
 		now - course.began > course.load.seconds * 1e9)
 	{
@@ -671,12 +701,13 @@ run_bare(const char *url, const char *name, double scale)
 	course_begin();
 	while (course.phase != DRAINING)
 	{
-		int64_t		wait = bare_timeout < 0 ? 100 * MS :
-			bare_timeout - now_ns();
+		int64_t		wait = course_sleep() * MS;
 		int			n;
 
+		if (bare_timeout >= 0 && bare_timeout - now_ns() < wait)
+			wait = bare_timeout - now_ns();
 		n = epoll_wait(bare_epoll, events, 512, wait <= 0 ? 0 :
-					   wait > 100 * MS ? 100 : (int) ((wait + MS - 1) / MS));
+					   (int) ((wait + MS - 1) / MS));
 		for (int i = 0; i < n; i++)
 			curl_multi_socket_action(multi, events[i].data.fd,
 									 (events[i].events & EPOLLIN ?
@@ -1283,7 +1314,7 @@ drive(void)
 	course_begin();
 	while (course.phase != DRAINING)
 	{
-		int			n = epoll_wait(chat_epoll, events, 64, 50);
+		int			n = epoll_wait(chat_epoll, events, 64, course_sleep());
 
 		for (int i = 0; i < n; i++)
 			if (events[i].data.ptr == note_pipe)

@@ -6,7 +6,9 @@
 #
 # Loads: W1 1000 streams of 200 tokens 20 ms apart, W2 100 streams of 500
 # tokens without delay, W3 one stream, W4 5000 streams 50 ms apart, W5 and W6
-# 64 sessions with turns of 1 and 10 tokens, idle a minute of nothing.
+# 64 sessions with turns of 1 and 10 tokens, idle a minute of nothing.  In W1
+# and W4 all streams begin together, and go on in bursts; W1s and W4s, which
+# run when named, are the same begun one after the other.
 # BENCH_SCALE makes the measured times longer or shorter.  BENCH_CONF holds
 # further settings of the server.  The endpoint, the clients and the server
 # share the machine; the server is restarted before each load and commits as
@@ -36,7 +38,7 @@ start_fake()
 # Makes the database, the role and the server that bench.c works with.
 prepare()
 {
-	as_user psql -Xq -v ON_ERROR_STOP=1 <<-EOF
+	as_user psql -Xq -v ON_ERROR_STOP=1 >/dev/null <<-EOF
 		CREATE EXTENSION chat;
 		CREATE ROLE bench LOGIN;
 		SELECT FROM chat.grant_usage('bench');

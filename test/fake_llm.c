@@ -314,6 +314,19 @@ buf_decimal(Buf *b, uint64_t value, int width)
 	buf_put(b, digits + sizeof(digits) - n, n);
 }
 
+/* Appends a chunk's size line. */
+static void
+buf_chunk_size(Buf *b, size_t size)
+{
+	char		line[19] = "................\r\n";
+	int			at = 16;
+
+	do
+		line[--at] = "0123456789abcdef"[size & 15];
+	while ((size >>= 4) > 0);
+	buf_put(b, line + at, 18 - at);
+}
+
 /* ------------------------------------------------------------ JSON reader */
 
 /* A cursor over JSON text; "bad" once it met something that is not JSON. */
@@ -2440,7 +2453,7 @@ frame_piece(Conn *c)
 			s->plan.splitat -= (long) n;
 	}
 	if (s->framing == FRAME_CHUNKED)
-		buf_printf(&c->out, "%zx\r\n", n);
+		buf_chunk_size(&c->out, n);
 	buf_put(&c->out, s->body.data + s->body.off, n);
 	if (s->framing == FRAME_CHUNKED)
 		buf_puts(&c->out, "\r\n");
@@ -3275,7 +3288,7 @@ read_headers(Conn *c, Request *req, Message *m, const Header *h, int n)
 static bool
 split_request_line(Conn *c, Request *req, char *line, Buf *path)
 {
-	char	   *target = strchr(line, ' ');
+	char	   *target = line ? strchr(line, ' ') : NULL;
 	char	   *version = target ? strchr(target + 1, ' ') : NULL;
 
 	if (version == NULL || strncmp(version + 1, "HTTP/1.", 7) != 0)
@@ -3458,9 +3471,12 @@ run_timers(void)
 	while (heap_len > 0 && heap[0]->deadline <= now)
 	{
 		Conn	   *c = heap[0];
+		int64_t		old = c->deadline;
 
-		timer_clear(c);
+		/* most streams set it anew, which costs less than two moves */
 		conn_pump(c);
+		if (heap_len > 0 && heap[0] == c && c->deadline == old)
+			timer_clear(c);
 	}
 }
 
