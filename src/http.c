@@ -511,12 +511,18 @@ chat_http_poll(void)
 	sigprocmask(SIG_SETMASK, &mask, NULL);
 }
 
-/* Returns the milliseconds until libcurl's timer, -1 for none. */
+/*
+ * Returns the milliseconds until there is something to do without a socket's
+ * event, -1 for never: until libcurl's timer, and none while a transfer is
+ * ready, as those are that got what was held back when they went on reading.
+ */
 long
 chat_http_timeout(void)
 {
 	int64		left;
 
+	if (!dlist_is_empty(&ready_list))
+		return 0;
 	if (timer_due < 0)
 		return -1;
 	left = timer_due - now_ms();
@@ -567,6 +573,7 @@ chat_http_perform(const ChatHttpRequest *req, int timeout,
 			ResetLatch(MyLatch);
 			CHECK_FOR_INTERRUPTS();
 			chat_http_poll();
+			(void) chat_http_next();	/* it can only be this one */
 			if (hook != NULL && t->len > 0)
 				hook(t, arg);
 		}
