@@ -321,6 +321,24 @@ CREATE TRIGGER ring AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON chat.chat_jo
 ALTER TABLE chat.chat_job ENABLE ALWAYS TRIGGER ring;
 
 --
+-- Internal
+--
+
+-- Sums the token counts of two steps.
+CREATE FUNCTION chat.add_usage(a jsonb, b jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT CASE WHEN a IS NULL THEN b WHEN b IS NULL THEN a
+		ELSE (SELECT pg_catalog.jsonb_object_agg(u.key,
+				CASE pg_catalog.jsonb_typeof(u.value) WHEN 'number'
+					THEN pg_catalog.to_jsonb(COALESCE((a -> u.key)::bigint, 0)
+						+ COALESCE((b -> u.key)::bigint, 0))
+					ELSE u.value END)
+			FROM pg_catalog.jsonb_each(a || b) AS u) END;
+END;
+COMMENT ON FUNCTION chat.add_usage(jsonb, jsonb) IS 'token counts of two steps together';
+
+--
 -- Data functions
 --
 -- What only reads is SQL and runs as the caller, under row-level security;
@@ -611,23 +629,6 @@ END;
 COMMENT ON FUNCTION chat.get_active_task(uuid) IS
 'the task that runs in a session, else the next one, or NULL';
 
-CREATE FUNCTION chat.get_task_events(
-	task_id uuid,
-	after_seq bigint DEFAULT 0,
-	max_rows integer DEFAULT NULL)
-RETURNS TABLE (seq bigint, payload json, created_at timestamptz)
-LANGUAGE sql STABLE PARALLEL SAFE
-BEGIN ATOMIC
-	SELECT e.seq, e.payload, e.created_at FROM chat.chat_event AS e
-	WHERE e.slot = (SELECT t.slot FROM chat.chat_task AS t
-			WHERE t.id = get_task_events.task_id)
-		AND e.task_id = get_task_events.task_id
-		AND e.seq > get_task_events.after_seq
-	ORDER BY e.seq LIMIT get_task_events.max_rows;
-END;
-COMMENT ON FUNCTION chat.get_task_events(uuid, bigint, integer) IS
-'the events of a task after a sequence number, in order';
-
 CREATE FUNCTION chat.worker_status(
 	OUT pid integer,
 	OUT state text,
@@ -649,6 +650,56 @@ COMMENT ON FUNCTION chat.worker_status() IS
 'the workers of this database and what they have counted since they started';
 
 --
+-- Resume
+--
+-- Readers of event streams: they run as the extension's owner and check the
+-- caller themselves, because what they read is spread over partitions, and
+-- they hold no lock on any when they return.
+--
+
+-- unfinished tasks whose events go on to another slot
+CREATE INDEX chat_task_slot_idx ON chat.chat_task (slot)
+	WHERE finished_at IS NULL AND slot IS NOT NULL;
+
+CREATE FUNCTION chat.get_task_events(
+	task_id uuid,
+	after_seq bigint DEFAULT 0,
+	max_rows integer DEFAULT NULL)
+RETURNS TABLE (seq bigint, payload json, created_at timestamptz)
+LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 100
+AS 'MODULE_PATHNAME', 'chat_get_task_events';
+COMMENT ON FUNCTION chat.get_task_events(uuid, bigint, integer) IS
+'the events of a task after a sequence number, in order; when they are gone, the same stream rebuilt from the messages';
+
+CREATE FUNCTION chat.wait_task_events(
+	task_id uuid,
+	after_seq bigint DEFAULT 0,
+	timeout interval DEFAULT '30 s',
+	max_rows integer DEFAULT NULL)
+RETURNS TABLE (seq bigint, payload json, created_at timestamptz)
+LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 10
+AS 'MODULE_PATHNAME', 'chat_wait_task_events';
+COMMENT ON FUNCTION chat.wait_task_events(uuid, bigint, interval, integer) IS
+'the events of a task after a sequence number, as soon as there is one; no rows at the timeout, or when the task has ended and all was read';
+
+CREATE FUNCTION chat.task_snapshot(task_id uuid) RETURNS jsonb
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_task_snapshot';
+COMMENT ON FUNCTION chat.task_snapshot(uuid) IS
+'the message of a task so far, as the AI SDK has it, and the sequence number of the last event in it';
+
+CREATE FUNCTION chat.sse(
+	task_id uuid,
+	after_seq bigint DEFAULT 0,
+	protocol integer DEFAULT 7,
+	timeout interval DEFAULT '0')
+RETURNS text
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_sse';
+COMMENT ON FUNCTION chat.sse(uuid, bigint, integer, interval) IS
+'the events of a task after a sequence number as server-sent events in the pure AI SDK protocol, with [DONE] at the end';
+
+--
 -- Access
 --
 -- The last section, because grant_usage() and the REVOKE cover all that
@@ -661,7 +712,7 @@ CREATE FUNCTION chat.usage_objects() RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 	WITH administration AS (
 		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
-			'grant_callback', 'reassign_owner', 'pause', 'resume', 'drain',
+			'grant_callback', 'reassign_owner', 'add_usage', 'pause', 'resume', 'drain',
 			'chat_llm_validator']::name[] AS names),
 	member AS (
 		SELECT d.classid, d.objid

@@ -17,10 +17,13 @@
 #include "db.h"
 #include "event.h"
 #include "launcher.h"
+#include "retention.h"
 #include "server.h"
 #include "shmem.h"
 #include "stream.h"
 #include "task.h"
+#include "tool.h"
+#include "turn.h"
 #include "worker.h"
 
 CHAT_MODULE_MAGIC;
@@ -35,9 +38,12 @@ _PG_init(void)
 	chat_shmem_init();
 	chat_server_init();
 	chat_event_init();
+	chat_retention_init();
 	chat_context_init();
 	chat_stream_init();
 	chat_task_init();
+	chat_turn_init();
+	chat_tool_init();
 	chat_worker_init();
 	chat_launcher_init();
 	MarkGUCPrefixReserved("chat");

@@ -61,6 +61,23 @@
 #define chat_my_proc_number() ((int) MyProc->pgprocno)
 #endif
 
+/* From 17 on a background worker may connect as a role without LOGIN. */
+#if PG_VERSION_NUM >= 170000
+#define CHAT_WORKER_BYPASSES_LOGIN true
+#define CHAT_WORKER_CONNECT_FLAGS BGWORKER_BYPASS_ROLELOGINCHECK
+#else
+#define CHAT_WORKER_BYPASSES_LOGIN false
+#define CHAT_WORKER_CONNECT_FLAGS 0
+#endif
+
+#if PG_VERSION_NUM >= 160000
+#define chat_database_aclcheck(role) \
+	object_aclcheck(DatabaseRelationId, MyDatabaseId, (role), ACL_CONNECT)
+#else
+#define chat_database_aclcheck(role) \
+	pg_database_aclcheck(MyDatabaseId, (role), ACL_CONNECT)
+#endif
+
 #if PG_VERSION_NUM >= 180000
 #define CHAT_MODULE_MAGIC PG_MODULE_MAGIC_EXT(.name = "chat", .version = CHAT_VERSION)
 #else

@@ -24,6 +24,7 @@
 
 #include "compat.h"
 #include "db.h"
+#include "json.h"
 
 #define PINNED_SEARCH_PATH "pg_catalog, pg_temp"
 
@@ -141,6 +142,33 @@ chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls)
 		elog(ERROR, "could not execute statement: %s: %s",
 			 SPI_result_code_string(rc), stmt->sql);
 	return SPI_processed;
+}
+
+/*
+ * Parses a text of unknown origin; NULL if it is not JSON that jsonb can hold.
+ * Nothing but memory is touched, so the error needs no subtransaction.
+ */
+Jsonb *
+chat_db_parse_json(const char *text)
+{
+	MemoryContext old = CurrentMemoryContext;
+	Jsonb	   *volatile result = NULL;
+	size_t		need;
+
+	if (chat_json_check(text, strlen(text), &need) == CHAT_JSON_TOO_DEEP)
+		return NULL;
+	PG_TRY();
+	{
+		result = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+													CStringGetDatum(text)));
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(old);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	return result;
 }
 
 /* Starts a transaction of a background worker, working as the owner. */

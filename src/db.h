@@ -23,6 +23,7 @@
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "utils/builtins.h"
+#include "utils/jsonb.h"
 #include "utils/timestamp.h"
 #include "utils/uuid.h"
 
@@ -69,6 +70,7 @@ extern void chat_db_begin(const char *activity);
 extern void chat_db_commit(bool durable);
 extern void chat_db_abort(void);
 extern Oid	chat_db_extension_owner(void);
+extern Jsonb *chat_db_parse_json(const char *text);
 
 /*
  * Results of the last chat_db_exec(): rows and columns count from 0 and 1.

@@ -334,6 +334,16 @@ chat_event_notify(ChatEventBatch *batch)
 		Async_Notify(batch->channels[i], batch->notices[i]);
 }
 
+/* Tells listeners that a task is alive: a notification without a row. */
+void
+chat_event_heartbeat(const char *channel, const char *task)
+{
+	char	   *payload = psprintf("{\"type\":\"data-heartbeat\",\"data\":{\"at\":" INT64_FORMAT "},\"transient\":true,\"taskId\":\"%s\"}",
+								   (int64) (GetCurrentTimestamp() / 1000), task);
+
+	Async_Notify(channel, payload);
+}
+
 /*
  * True if so much waits in the server's notification queue that we leave our
  * notifications out; readers find the rows.

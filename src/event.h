@@ -81,6 +81,7 @@ extern int64 chat_event_collect(ChatEventBatch *batch,
 								const ChatEventLog *log);
 extern void chat_event_write(ChatEventBatch *batch);
 extern void chat_event_notify(ChatEventBatch *batch);
+extern void chat_event_heartbeat(const char *channel, const char *task);
 extern bool chat_event_queue_full(void);
 
 #endif							/* CHAT_EVENT_H */

@@ -375,7 +375,7 @@ take_changes(void)
 		want(changed[i]);
 	if (rescan)
 		scan_databases(true);
-	else if (n > 0)
+	if (rescan || n > 0)
 		scan_databases(false);
 }
 
@@ -398,6 +398,20 @@ plan_restart(const ChatSlot *slot)
 	d->not_before = TimestampTzPlusMilliseconds(now, d->delay);
 }
 
+/* Counts the streaming workers of a database; the lock is held. */
+static int
+count_live(Oid database)
+{
+	int			n = 0;
+
+	for (int i = 0; i < chat_shared->nslots; i++)
+		if (chat_shared->slots[i].state == CHAT_SLOT_RUNNING &&
+			chat_shared->slots[i].kind == CHAT_SLOT_WORKER &&
+			chat_shared->slots[i].database == database)
+			n++;
+	return n;
+}
+
 /* Frees the slots whose workers have ended or never came. */
 static void
 reap_slots(void)
@@ -411,39 +425,19 @@ reap_slots(void)
 		bool		lost = slot->state == CHAT_SLOT_STARTING &&
 		TimestampDifferenceExceeds(slot->started_at, now, START_TIME);
 
+		/* a tool worker's end is the streaming worker's business */
+		if (slot->kind == CHAT_SLOT_TOOL && count_live(slot->database) > 0)
+			continue;
 		if (slot->state != CHAT_SLOT_EXITED && !lost)
 			continue;
 		if (lost)
 			slot->exit = CHAT_EXIT_ERROR;
-		plan_restart(slot);
+		if (slot->kind == CHAT_SLOT_WORKER)
+			plan_restart(slot);
 		slot->state = CHAT_SLOT_FREE;
 		slot->database = InvalidOid;
 	}
 	LWLockRelease(chat_shared->lock);
-}
-
-/* Takes a free slot for a database that is not blocked; -1 if none. */
-static int
-take_slot(Oid database)
-{
-	int			found = -1;
-
-	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
-	for (int i = 0; i < chat_shared->nslots && found < 0; i++)
-		if (chat_shared->slots[i].state == CHAT_SLOT_FREE)
-			found = i;
-	for (int i = 0; i < CHAT_MAX_BLOCKED; i++)
-		if (chat_shared->blocked[i] == database)
-			found = -1;
-	if (found >= 0)
-	{
-		chat_shared->slots[found].state = CHAT_SLOT_STARTING;
-		chat_shared->slots[found].exit = CHAT_EXIT_ERROR;
-		chat_shared->slots[found].database = database;
-		chat_shared->slots[found].started_at = GetCurrentTimestamp();
-	}
-	LWLockRelease(chat_shared->lock);
-	return found;
 }
 
 /* Registers a worker; false when the server has no place for it. */
@@ -461,7 +455,7 @@ start_worker(Oid database)
 		.bgw_function_name = "chat_worker_main",
 		.bgw_notify_pid = MyProcPid,
 	};
-	int			slot = take_slot(database);
+	int			slot = chat_shmem_take_slot(CHAT_SLOT_WORKER, database, InvalidOid);
 
 	if (slot < 0)
 		return false;
@@ -472,10 +466,7 @@ start_worker(Oid database)
 		warned = false;
 		return true;
 	}
-	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
-	chat_shared->slots[slot].state = CHAT_SLOT_FREE;
-	chat_shared->slots[slot].database = InvalidOid;
-	LWLockRelease(chat_shared->lock);
+	chat_shmem_free_slot(slot);
 	if (!warned)
 		ereport(WARNING,
 				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
@@ -495,6 +486,7 @@ count_workers(Oid database)
 	LWLockAcquire(chat_shared->lock, LW_SHARED);
 	for (int i = 0; i < chat_shared->nslots; i++)
 		if (chat_shared->slots[i].state != CHAT_SLOT_FREE &&
+			chat_shared->slots[i].kind == CHAT_SLOT_WORKER &&
 			chat_shared->slots[i].database == database)
 			n++;
 	LWLockRelease(chat_shared->lock);

@@ -37,12 +37,16 @@ CHAT_STMT(claim_jobs,
 		  "  s.channel, s.user_id, s.settings"
 		  " FROM chat.chat_job AS j"
 		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
-		  " WHERE j.holder IS NULL AND j.database = $3 AND j.run_at <= now()"
+		  " WHERE j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked"
+		  "  AND j.database = $3 AND j.run_at <= now()"
+		  "  AND NOT EXISTS (SELECT FROM chat.chat_task AS r"
+		  "   WHERE r.session_id = j.session_id AND r.status = 'running'"
+		  "    AND r.id <> j.task_id)"
 		  " ORDER BY j.priority, j.run_at, j.id LIMIT $2"
 		  " FOR UPDATE OF j SKIP LOCKED"
 		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
 		  "), old AS MATERIALIZED ("
-		  " SELECT p.*, t.run, t.input, t.message_id, t.slot AS old_slot,"
+		  " SELECT p.*, t.run, t.input, t.message_id,"
 		  "  (p.rerun OR t.run < $4) AS new_run,"
 		  "  (SELECT e.slot FROM chat.chat_event_slot AS e"
 		  "   ORDER BY e.opened_at DESC LIMIT 1) AS open_slot"
@@ -56,7 +60,7 @@ CHAT_STMT(claim_jobs,
 		  "), task AS ("
 		  " UPDATE chat.chat_task AS t SET status = 'running', input = NULL,"
 		  "  started_at = COALESCE(t.started_at, now()),"
-		  "  slot = COALESCE(o.old_slot, o.open_slot),"
+		  "  slot = COALESCE(t.slot, o.open_slot),"
 		  "  run = CASE WHEN o.new_run THEN GREATEST(t.run + 1, $4)"
 		  "   ELSE t.run END"
 		  " FROM old AS o WHERE t.id = o.task_id"
@@ -87,9 +91,16 @@ CHAT_STMT(claim_jobs,
 
 /* $1 database: what is due and unclaimed, and when the next one is due */
 CHAT_STMT(queue_rest,
-		  "SELECT count(*) FILTER (WHERE run_at <= now()),"
-		  " min(run_at) FILTER (WHERE run_at > now())"
-		  " FROM chat.chat_job WHERE holder IS NULL AND database = $1",
+		  "SELECT count(*) FILTER (WHERE due AND kind <> 'tool'"
+		  "  AND NOT parked AND NOT EXISTS (SELECT FROM chat.chat_task AS r"
+		  "   WHERE r.session_id = q.session_id AND r.status = 'running'"
+		  "    AND r.id <> q.task_id)),"
+		  " min(run_at) FILTER (WHERE NOT due AND run_at < 'infinity'),"
+		  " count(*) FILTER (WHERE due AND parked),"
+		  " count(*) FILTER (WHERE parked),"
+		  " count(*) FILTER (WHERE due AND kind = 'tool')"
+		  " FROM (SELECT *, run_at <= now() AS due FROM chat.chat_job"
+		  "  WHERE holder IS NULL AND database = $1) AS q",
 		  OIDOID);
 
 /* $1 sessions: locks those that nobody else has locked */
@@ -140,18 +151,27 @@ CHAT_STMT(finish_jobs,
 		  "), task AS ("
 		  " UPDATE chat.chat_task AS t SET status = ok.status,"
 		  "  error = ok.error::jsonb, finished_at = now(),"
-		  "  steps = t.steps + 1,"
+		  "  steps = t.steps + (ok.usage IS NOT NULL)::int,"
 		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
 		  "  completion_tokens = t.completion_tokens + ok.completion,"
-		  "  usage = COALESCE(ok.usage::jsonb, t.usage)"
+		  "  usage = CASE WHEN t.usage IS NULL THEN ok.usage::jsonb"
+		  "   ELSE chat.add_usage(t.usage, ok.usage::jsonb) END"
 		  " FROM ok WHERE t.id = ok.task"
+		  /* a task that waits for the session to be free */
+		  "), parked AS ("
+		  " UPDATE chat.chat_job AS j SET run_at = '-infinity'"
+		  " FROM ok WHERE j.session_id = ok.session AND j.parked"
+		  "  AND j.id <> ok.job"
 		  "), next AS ("
 		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
 		  "  database)"
 		  " SELECT 'completion', ok.session, q.id, ok.owner, $2"
 		  " FROM ok CROSS JOIN LATERAL (SELECT t.id FROM chat.chat_task AS t"
 		  "  WHERE t.session_id = ok.session AND t.status = 'queued'"
-		  "  ORDER BY t.place LIMIT 1) AS q)"
+		  "  ORDER BY t.place LIMIT 1) AS q"
+		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
+		  "  WHERE o.session_id = ok.session AND o.task_id = q.id"
+		  "   AND o.kind = 'completion'))"
 		  " SELECT job FROM ok",
 		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, UUIDARRAYOID,
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
@@ -240,6 +260,19 @@ read_rest(ChatQueueRest *rest, bool limited)
 	rest->skipped = due > 0 && !limited;
 	next = chat_db_datum(0, 2, &isnull);
 	rest->next_run = isnull ? DT_NOEND : DatumGetTimestampTz(next);
+	rest->turns = chat_db_int64(0, 3, 0) > 0;
+	rest->parked = chat_db_int64(0, 4, 0) > 0;
+	rest->tools = chat_db_int64(0, 5, 0) > 0;
+}
+
+/*
+ * Returns the first run of this timeline: a promotion starts a new range, so
+ * that no number is used twice whatever the old primary has notified.
+ */
+int32
+chat_queue_first_run(void)
+{
+	return (int32) (GetWALInsertionTimeLine() - 1) * RUNS_PER_TIMELINE;
 }
 
 /*
@@ -256,8 +289,7 @@ chat_queue_claim(int64 holder, int limit, bool bare, ChatJob **jobs,
 	values[0] = Int64GetDatum(holder);
 	values[1] = Int32GetDatum(limit);
 	values[2] = ObjectIdGetDatum(MyDatabaseId);
-	values[3] = Int32GetDatum((GetWALInsertionTimeLine() - 1) *
-							  RUNS_PER_TIMELINE);
+	values[3] = Int32GetDatum(chat_queue_first_run());
 	values[4] = BoolGetDatum(bare);
 	n = (int) chat_db_exec(&claim_jobs, values, NULL);
 	*jobs = palloc0(sizeof(ChatJob) * Max(n, 1));
@@ -337,8 +369,8 @@ static const char *const status_names[] = {
 };
 
 /* Keeps in ends[] only those whose session could be locked. */
-static int
-lock_ends(ChatEnd **ends, int n, ChatEnd **locked)
+int
+chat_queue_lock(ChatEnd **ends, int n, ChatEnd **locked)
 {
 	Datum	   *values = palloc(sizeof(Datum) * n);
 	Datum		params[1];
@@ -372,8 +404,8 @@ lock_ends(ChatEnd **ends, int n, ChatEnd **locked)
 }
 
 /* Marks the ends whose job id the last statement returned. */
-static void
-mark_stored(ChatEnd **ends, int n)
+void
+chat_queue_mark(ChatEnd **ends, int n)
 {
 	uint64		rows = SPI_processed;
 	int			at = 0;
@@ -401,7 +433,7 @@ void
 chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 {
 	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
-	int			n = lock_ends(all, nall, ends);
+	int			n = chat_queue_lock(all, nall, ends);
 	Datum	   *values = palloc(sizeof(Datum) * nall);
 	const char **texts = palloc(sizeof(char *) * nall);
 	Datum		params[18];
@@ -428,7 +460,7 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 	ENDS_ARRAY(&int8_param, Int64GetDatum(e->completion_tokens));
 	ENDS_TEXTS(e->usage);
 	chat_db_exec(&finish_jobs, params, NULL);
-	mark_stored(ends, n);
+	chat_queue_mark(ends, n);
 }
 
 /* Gives jobs back to the queue: to be tried again, or as if never taken. */
@@ -447,7 +479,7 @@ chat_queue_release(int64 holder, ChatEnd **ends, int n)
 	ENDS_ARRAY(&int8_param, Int64GetDatum(e->last_seq));
 	ENDS_ARRAY(&int4_param, Int32GetDatum(e->kind == CHAT_END_GIVE_BACK));
 	chat_db_exec(&release_jobs, params, NULL);
-	mark_stored(ends, n);
+	chat_queue_mark(ends, n);
 }
 
 /* Frees the jobs whose holder does not live; returns how many. */

@@ -40,6 +40,7 @@ typedef enum ChatEndKind
 	CHAT_END_COMPLETED,
 	CHAT_END_FAILED,
 	CHAT_END_CANCELLED,
+	CHAT_END_TOOLS,				/* the step is over, its tools run */
 	CHAT_END_RETRY,				/* the job goes back, to run later */
 	CHAT_END_GIVE_BACK			/* the job goes back, the attempt never was */
 } ChatEndKind;
@@ -65,7 +66,9 @@ typedef struct ChatEnd
 	const char *metadata;		/* JSON object, never NULL */
 	int64		prompt_tokens;
 	int64		completion_tokens;
-	const char *usage;			/* JSON object or NULL */
+	const char *usage;			/* JSON object or NULL: no request was made */
+	/* CHAT_END_TOOLS: [{"id", "name", "arguments", "input" or "error"}] */
+	const char *calls;
 } ChatEnd;
 
 /* What is left in the queue after a claim. */
@@ -73,6 +76,9 @@ typedef struct ChatQueueRest
 {
 	bool		skipped;		/* due jobs that somebody holds locked */
 	bool		more;			/* due jobs beyond the limit */
+	bool		turns;			/* parked tasks that are due */
+	bool		parked;			/* any parked task */
+	bool		tools;			/* tool jobs that are due */
 	TimestampTz next_run;		/* of jobs not yet due, DT_NOEND = none */
 } ChatQueueRest;
 
@@ -83,6 +89,9 @@ extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
 extern int	chat_queue_adopt(const int64 *live, int nlive);
 extern int	chat_queue_held(int64 holder, int64 **ids, int64 **epochs,
 							bool **cancels);
+extern int	chat_queue_lock(ChatEnd **ends, int n, ChatEnd **locked);
+extern void chat_queue_mark(ChatEnd **ends, int n);
+extern int32 chat_queue_first_run(void);
 extern bool chat_queue_intact(int64 holder, int64 count, int64 epochs);
 
 #endif							/* CHAT_QUEUE_H */

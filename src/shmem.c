@@ -50,6 +50,8 @@ static shmem_startup_hook_type prev_startup_hook = NULL;
 static bool ring_wanted = false;
 static bool recheck_wanted = false;
 static bool check_wanted = false;
+static bool publish_wanted = false;
+static bool publish_buckets[WAIT_BUCKETS];
 
 /* Returns the size of ChatShared with its slots. */
 static Size
@@ -77,7 +79,7 @@ init_slot(ChatSlot *slot)
 	pg_atomic_init_u32(&slot->proc, 0);
 	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
 	pg_atomic_init_u32(&slot->recheck, 0);
-	pg_atomic_init_u32(&slot->progress, 0);
+	pg_atomic_init_u32(&slot->progress_due, 0);
 	for (size_t i = 0; i < sizeof(ChatCounters) / sizeof(pg_atomic_uint64); i++)
 		pg_atomic_init_u64(&((pg_atomic_uint64 *) &slot->counters)[i], 0);
 }
@@ -113,6 +115,17 @@ startup(void)
 	LWLockRelease(AddinShmemInitLock);
 }
 
+/* Tells the readers of a bucket, if there are any, that a task has moved. */
+static void
+publish(WaitBucket *bucket)
+{
+	pg_memory_barrier();
+	if (pg_atomic_read_u32(&bucket->readers) == 0)
+		return;
+	pg_atomic_fetch_add_u64(&bucket->generation, 1);
+	ConditionVariableBroadcast(&bucket->cv);
+}
+
 /* Rings after the commit; forgets it after an abort. Must not fail. */
 static void
 at_transaction_end(XactEvent event, void *arg)
@@ -124,6 +137,9 @@ at_transaction_end(XactEvent event, void *arg)
 				chat_shmem_ring(MyDatabaseId, recheck_wanted);
 			if (check_wanted && chat_shared)
 				chat_shmem_changed(MyDatabaseId);
+			for (int i = 0; publish_wanted && i < WAIT_BUCKETS; i++)
+				if (publish_buckets[i] && buckets)
+					publish(&buckets[i]);
 			break;
 		case XACT_EVENT_ABORT:
 		case XACT_EVENT_PREPARE:	/* COMMIT PREPARED rings */
@@ -132,6 +148,9 @@ at_transaction_end(XactEvent event, void *arg)
 			return;
 	}
 	ring_wanted = recheck_wanted = check_wanted = false;
+	if (publish_wanted)
+		memset(publish_buckets, 0, sizeof(publish_buckets));
+	publish_wanted = false;
 }
 
 /* Installs the hooks; the memory exists only when preloaded. */
@@ -187,6 +206,51 @@ detach(int code, Datum arg)
 	}
 	LWLockRelease(chat_shared->lock);
 	wake_launcher();
+	if (slot->kind == CHAT_SLOT_TOOL)
+		chat_shmem_ring(slot->database, false);
+}
+
+/*
+ * Sets a free slot aside for a worker that is about to be started; -1 if
+ * there is none, or no worker may be in that database now.
+ */
+int
+chat_shmem_take_slot(ChatSlotKind kind, Oid database, Oid role)
+{
+	int			found = -1;
+	ChatSlot   *slot;
+
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < chat_shared->nslots && found < 0; i++)
+		if (chat_shared->slots[i].state == CHAT_SLOT_FREE)
+			found = i;
+	for (int i = 0; i < CHAT_MAX_BLOCKED; i++)
+		if (chat_shared->blocked[i] == database)
+			found = -1;
+	if (found >= 0)
+	{
+		slot = &chat_shared->slots[found];
+		slot->state = CHAT_SLOT_STARTING;
+		slot->kind = kind;
+		slot->exit = CHAT_EXIT_ERROR;
+		slot->database = database;
+		slot->role = role;
+		slot->claimed = slot->running = false;
+		slot->progress_len = 0;
+		slot->started_at = GetCurrentTimestamp();
+	}
+	LWLockRelease(chat_shared->lock);
+	return found;
+}
+
+/* Makes a slot free whose worker was not started. */
+void
+chat_shmem_free_slot(int slot)
+{
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	chat_shared->slots[slot].state = CHAT_SLOT_FREE;
+	chat_shared->slots[slot].database = InvalidOid;
+	LWLockRelease(chat_shared->lock);
 }
 
 /*
@@ -301,6 +365,16 @@ chat_shmem_ring(Oid database, bool recheck)
 	}
 }
 
+/* Tells the streaming workers of a database that a tool has reported. */
+void
+chat_shmem_ring_progress(Oid database)
+{
+	for (int i = 0; i < chat_shared->nslots; i++)
+		if (pg_atomic_read_u32(&chat_shared->slots[i].bell_database) == database)
+			pg_atomic_write_u32(&chat_shared->slots[i].progress_due, 1);
+	chat_shmem_ring(database, false);
+}
+
 /* Rings when the current transaction has committed. */
 void
 chat_shmem_ring_at_commit(bool recheck)
@@ -376,11 +450,16 @@ chat_shmem_wait(const pg_uuid_t *task, uint64 seen, long timeout)
 void
 chat_shmem_publish(const pg_uuid_t *task)
 {
-	WaitBucket *bucket = bucket_of(task);
+	publish(bucket_of(task));
+}
 
-	pg_memory_barrier();
-	if (pg_atomic_read_u32(&bucket->readers) == 0)
-		return;
-	pg_atomic_fetch_add_u64(&bucket->generation, 1);
-	ConditionVariableBroadcast(&bucket->cv);
+/* The same when the transaction has committed; NULL = those of all tasks. */
+void
+chat_shmem_publish_at_commit(const pg_uuid_t *task)
+{
+	if (task)
+		publish_buckets[task->data[15] % WAIT_BUCKETS] = true;
+	else
+		memset(publish_buckets, true, sizeof(publish_buckets));
+	publish_wanted = true;
 }

@@ -21,6 +21,12 @@ typedef enum ChatSlotState
 	CHAT_SLOT_EXITED			/* the launcher has not yet seen it */
 } ChatSlotState;
 
+typedef enum ChatSlotKind
+{
+	CHAT_SLOT_WORKER,			/* streaming worker, the launcher's */
+	CHAT_SLOT_TOOL				/* tool worker, the streaming worker's */
+} ChatSlotKind;
+
 /* How a worker ended, for the launcher. */
 typedef enum ChatSlotExit
 {
@@ -45,12 +51,22 @@ typedef struct ChatCounters
 	pg_atomic_uint64 bytes;		/* received from endpoints */
 } ChatCounters;
 
+/* the longest progress report of a running tool */
+#define CHAT_PROGRESS_SIZE 4096
+
 /* One worker. Fields without an atomic are protected by ChatShared.lock. */
 typedef struct ChatSlot
 {
 	ChatSlotState state;
+	ChatSlotKind kind;
 	ChatSlotExit exit;
 	Oid			database;
+	Oid			role;			/* of a tool worker */
+	bool		claimed;		/* the tool worker has run something */
+	pg_uuid_t	operation;		/* that the tool worker runs now */
+	bool		running;		/* operation is valid */
+	int			progress_len;	/* 0 = nothing new */
+	char		progress[CHAT_PROGRESS_SIZE];
 	int			pid;			/* 0 = not there */
 	int64		identity;		/* unique among all workers, ever */
 	TimestampTz started_at;
@@ -58,7 +74,7 @@ typedef struct ChatSlot
 								 * commit callback without the lock */
 	pg_atomic_uint32 bell_database;	/* database, for the same reader */
 	pg_atomic_uint32 recheck;	/* jobs were changed or deleted by others */
-	pg_atomic_uint32 progress;	/* a tool has reported progress */
+	pg_atomic_uint32 progress_due;	/* a tool has reported progress */
 	ChatCounters counters;
 } ChatSlot;
 
@@ -83,16 +99,20 @@ extern ChatSlot *chat_slot;		/* this process's, in a worker */
 
 extern void chat_shmem_init(void);
 extern void chat_shmem_require(void);
+extern int	chat_shmem_take_slot(ChatSlotKind kind, Oid database, Oid role);
+extern void chat_shmem_free_slot(int slot);
 extern void chat_shmem_attach(int slot, Oid database);
 extern void chat_shmem_set_exit(ChatSlotExit how);
 extern int	chat_shmem_live(Oid database, int64 *identities);
 extern void chat_shmem_changed(Oid database);
 extern void chat_shmem_ring(Oid database, bool recheck);
+extern void chat_shmem_ring_progress(Oid database);
 extern void chat_shmem_ring_at_commit(bool recheck);
 extern void chat_shmem_check_at_commit(void);
 extern uint64 chat_shmem_wait_prepare(const pg_uuid_t *task);
 extern void chat_shmem_wait_cancel(const pg_uuid_t *task);
 extern bool chat_shmem_wait(const pg_uuid_t *task, uint64 seen, long timeout);
 extern void chat_shmem_publish(const pg_uuid_t *task);
+extern void chat_shmem_publish_at_commit(const pg_uuid_t *task);
 
 #endif							/* CHAT_SHMEM_H */

@@ -22,6 +22,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "db.h"
 #include "json.h"
 #include "stream.h"
 
@@ -654,30 +655,99 @@ log_metadata(ChatStream *s, const ChatEnd *end)
 	pfree(json.data);
 }
 
-/* Adds tool-input-available for each call whose arguments are whole. */
-static void
-log_tools(ChatStream *s)
+/*
+ * Returns a call's arguments as a JSON object; NULL when they are none.  No
+ * arguments at all are an empty object.
+ */
+static char *
+tool_input(const ChatStreamTool *t)
 {
+	Jsonb	   *input;
+
+	if (t->arguments.len == 0)
+		return "{}";
+	input = chat_db_parse_json(t->arguments.data);
+	if (input == NULL || !JB_ROOT_IS_OBJECT(input))
+		return NULL;
+	return JsonbToCString(NULL, &input->root, VARSIZE(input));
+}
+
+/* Adds the event that tells a call's whole input, or what is wrong with it. */
+static void
+log_tool(ChatStream *s, const ChatStreamTool *t, const char *input)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"type\":\"%s\"",
+					 input ? "tool-input-available" : "tool-input-error");
+	append_member(&json, "toolCallId", t->id);
+	append_member(&json, "toolName", t->name);
+	appendStringInfoString(&json, ",\"input\":");
+	if (input)
+		appendStringInfoString(&json, input);
+	else
+		append_json(&json, t->arguments.data, t->arguments.len);
+	if (!input)
+		append_member(&json, "errorText", "the arguments are not a JSON object");
+	appendStringInfoChar(&json, '}');
+	log_end(s, json.data);
+	pfree(json.data);
+}
+
+/* Gives the calls of one answer ids that differ. */
+static void
+separate_ids(ChatStream *s)
+{
+	for (int i = 1; i < s->ntools; i++)
+		for (int k = 0; k < i; k++)
+			if (s->tools[i].id && s->tools[k].id &&
+				strcmp(s->tools[i].id, s->tools[k].id) == 0)
+				s->tools[i].id = psprintf("%s_%d", s->tools[i].id, i);
+}
+
+/* Builds what turn.c stores of the calls; adds their events. */
+static char *
+calls_json(ChatStream *s)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
 	for (int i = 0; i < s->ntools; i++)
 	{
 		ChatStreamTool *t = &s->tools[i];
-		StringInfoData json;
+		char	   *input;
 
-		if (!t->announced)
+		if (t->name == NULL)
 			continue;
-		initStringInfo(&json);
-		appendStringInfoString(&json, "{\"type\":\"tool-input-available\"");
-		append_member(&json, "toolCallId", t->id);
-		append_member(&json, "toolName", t->name);
-		appendStringInfoString(&json, ",\"input\":");
-		if (t->arguments.len == 0)
-			appendStringInfoString(&json, "{}");
+		input = tool_input(t);
+		appendStringInfoChar(&json, json.len == 0 ? '[' : ',');
+		appendStringInfo(&json, "{\"place\":%d", i + 1);
+		append_member(&json, "id", t->id);
+		append_member(&json, "name", t->name);
+		append_member(&json, "arguments",
+					  t->arguments.data ? t->arguments.data : "");
+		if (input)
+			appendStringInfo(&json, ",\"input\":%s", input);
 		else
-			append_json(&json, t->arguments.data, t->arguments.len);
+			append_member(&json, "error", "the arguments are not a JSON object");
 		appendStringInfoChar(&json, '}');
-		log_end(s, json.data);
-		pfree(json.data);
+		log_tool(s, t, input);
 	}
+	appendStringInfoChar(&json, ']');
+	return json.data;
+}
+
+/* Ends a step that asked for tools: they run, then the model goes on. */
+static void
+complete_step(ChatStream *s)
+{
+	s->ended = true;
+	s->end.kind = CHAT_END_TOOLS;
+	separate_ids(s);
+	settle_message(s, &s->end, false);
+	close_block(s);
+	s->end.calls = calls_json(s);
 }
 
 /* Ends a stream whose answer is whole. */
@@ -690,7 +760,6 @@ complete(ChatStream *s)
 	s->end.kind = CHAT_END_COMPLETED;
 	settle_message(s, &s->end, false);
 	close_block(s);
-	log_tools(s);
 	log_end(s, "{\"type\":\"finish-step\"}");
 	log_metadata(s, &s->end);
 	json = psprintf("{\"type\":\"finish\",\"finishReason\":\"%s\"}",
@@ -858,9 +927,9 @@ settle(ChatStream *s)
 	if (s->transfer->end != CHAT_HTTP_OK && s->transfer->done &&
 		!s->said_done && s->finish_reason == NULL)
 		fail_transfer(s);
-	else if (s->text.len > 0 || s->refusal.len > 0 || s->function_name)
-		complete(s);
 	else if (s->ntools > 0 && tool_calls_json(s) != NULL)
+		complete_step(s);
+	else if (s->text.len > 0 || s->refusal.len > 0 || s->function_name)
 		complete(s);
 	else if (filtered)
 		chat_stream_fail(s, CHAT_ERROR_CONTENT_FILTER, false,

@@ -76,7 +76,8 @@ CHAT_STMT(add_task,
 		  "  database)"
 		  " SELECT 'completion', $1, task.id, $8, $9 FROM task"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_task AS t"
-		  "  WHERE t.session_id = $1 AND t.status IN ('queued', 'running')))"
+		  "  WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
+		  "   OR t.status = 'waiting' AND NOT t.detached)))"
 		  " SELECT id FROM task",
 		  UUIDOID, UUIDOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, JSONBOID,
 		  OIDOID, OIDOID);
@@ -336,6 +337,7 @@ chat_cancel_task(PG_FUNCTION_ARGS)
 		{
 			values[0] = PG_GETARG_DATUM(0);
 			ended = chat_db_exec(&cancel_task, values, NULL) > 0;
+			chat_shmem_publish_at_commit(PG_GETARG_UUID_P(0));
 		}
 	}
 	chat_db_leave(&scope);
@@ -522,6 +524,7 @@ chat_worker_status(PG_FUNCTION_ARGS)
 	LWLockAcquire(chat_shared->lock, LW_SHARED);
 	for (int i = 0; i < chat_shared->nslots; i++)
 		if (chat_shared->slots[i].database == MyDatabaseId &&
+			chat_shared->slots[i].kind == CHAT_SLOT_WORKER &&
 			(chat_shared->slots[i].state == CHAT_SLOT_RUNNING ||
 			 chat_shared->slots[i].state == CHAT_SLOT_STARTING))
 			slots[n++] = chat_shared->slots[i];

@@ -49,9 +49,12 @@
 #include "event.h"
 #include "http.h"
 #include "queue.h"
+#include "retention.h"
 #include "server.h"
 #include "shmem.h"
 #include "stream.h"
+#include "tool.h"
+#include "turn.h"
 #include "worker.h"
 
 /* jobs of one claim; more follow in the next turn of the loop */
@@ -76,6 +79,7 @@ typedef enum ClaimMode
 
 static int	max_streams = 5000;
 static int	flush_interval = 10;
+static int	heartbeat_interval = 15000;
 static bool enabled = true;
 
 static MemoryContext worker_context;
@@ -99,6 +103,9 @@ static int64 claim_due = 0;		/* 0 = the bell rang */
 static int64 rest_due = NEVER;	/* a retry, or locked jobs */
 static int	claim_backoff = 0;
 static ClaimMode claim_mode = CLAIM_BATCH;
+static bool turns_due = false;	/* parked tasks have something to do */
+static bool tools_due = false;	/* tool jobs may be ready */
+static int64 beat_due = NEVER;	/* heartbeat */
 
 /* Declares the settings of the worker. */
 void
@@ -172,6 +179,9 @@ try_transaction(const char *activity, bool durable,
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(old);
+	/* also when the extension is gone: see recheck() */
+	if (edata && is_systemic(edata))
+		pg_atomic_write_u32(&chat_slot->recheck, 1);
 	if (edata && !is_queue_full(edata))
 		ereport(LOG,
 				(errcode(edata->sqlerrcode),
@@ -266,6 +276,18 @@ read_held(void *arg)
 	MemoryContextSwitchTo(spi);
 }
 
+/* True if the extension that the worker serves is still there. */
+static bool
+extension_is_here(void)
+{
+	Oid			found;
+
+	StartTransactionCommand();
+	found = get_extension_oid("chat", true);
+	CommitTransactionCommand();
+	return found == extension && OidIsValid(found);
+}
+
 /* Ends the worker for good: the database has no such extension any more. */
 static void
 exit_absent(void)
@@ -291,6 +313,8 @@ recheck(void)
 	HeldJobs	held = {0};
 	dlist_mutable_iter iter;
 
+	if (!extension_is_here())
+		exit_absent();
 	if (try_transaction("look at its jobs", false, read_held, &held))
 	{
 		pg_atomic_write_u32(&chat_slot->recheck, 1);
@@ -305,7 +329,10 @@ recheck(void)
 		int			i = find_held(&held, s);
 
 		if (i < 0)
+		{
+			chat_shmem_publish(&s->job.task);
 			drop_stream(s);
+		}
 		else if (held.cancels[i] && !s->ended)
 		{
 			chat_stream_cancel(s);
@@ -336,6 +363,8 @@ write_events(ChatEventBatch *batch, bool quiet)
 	else
 		chat_event_notify(batch);
 	pg_atomic_fetch_add_u64(&chat_slot->counters.events, batch->n);
+	if (batch->n > 0)
+		chat_retention_written(chat_stream_clock());
 }
 
 /* Transaction: the logs of the streams. */
@@ -373,17 +402,25 @@ deltas_committed(Flush *f)
 	}
 }
 
-/* Transaction: the ends of the streams. */
-static void
-write_ends(void *arg)
+/* The ends of one transaction by what is done with them. */
+typedef struct EndLists
 {
-	Flush	   *f = arg;
-	ChatEventBatch batch = {0};
-	ChatEnd   **finals = palloc(sizeof(ChatEnd *) * f->n);
-	ChatEnd   **backs = palloc(sizeof(ChatEnd *) * f->n);
-	int			nfinals = 0;
-	int			nbacks = 0;
+	ChatEnd   **finals;
+	ChatEnd   **steps;			/* that asked for tools */
+	ChatEnd   **backs;			/* jobs that go back to the queue */
+	int			nfinals;
+	int			nsteps;
+	int			nbacks;
+} EndLists;
 
+/* Sorts the ends of a flush. */
+static void
+sort_ends(const Flush *f, EndLists *lists)
+{
+	memset(lists, 0, sizeof(*lists));
+	lists->finals = palloc(sizeof(ChatEnd *) * f->n);
+	lists->steps = palloc(sizeof(ChatEnd *) * f->n);
+	lists->backs = palloc(sizeof(ChatEnd *) * f->n);
 	for (int i = 0; i < f->n; i++)
 	{
 		ChatEnd    *e = &f->streams[i]->end;
@@ -391,14 +428,50 @@ write_ends(void *arg)
 		e->ok = e->missed = false;
 		e->last_seq = f->streams[i]->seq;
 		if (e->kind >= CHAT_END_RETRY)
-			backs[nbacks++] = e;
+			lists->backs[lists->nbacks++] = e;
+		else if (e->kind == CHAT_END_TOOLS)
+			lists->steps[lists->nsteps++] = e;
 		else
-			finals[nfinals++] = e;
+			lists->finals[lists->nfinals++] = e;
 	}
-	if (nfinals > 0)
-		chat_queue_finish(identity, finals, nfinals);
-	if (nbacks > 0)
-		chat_queue_release(identity, backs, nbacks);
+}
+
+/* Parks the tasks whose steps were stored, now that their seq is known. */
+static void
+seal_steps(const Flush *f)
+{
+	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * f->n);
+	int64	   *seqs = palloc(sizeof(int64) * f->n);
+	int			n = 0;
+
+	for (int i = 0; i < f->n; i++)
+	{
+		ChatEnd    *e = &f->streams[i]->end;
+
+		if (!e->ok || e->kind != CHAT_END_TOOLS)
+			continue;
+		ends[n] = e;
+		seqs[n++] = f->seqs[i];
+	}
+	if (n > 0)
+		chat_turn_seal(identity, ends, seqs, n);
+}
+
+/* Transaction: the ends of the streams. */
+static void
+write_ends(void *arg)
+{
+	Flush	   *f = arg;
+	ChatEventBatch batch = {0};
+	EndLists	lists;
+
+	sort_ends(f, &lists);
+	if (lists.nfinals > 0)
+		chat_queue_finish(identity, lists.finals, lists.nfinals);
+	if (lists.nsteps > 0)
+		chat_turn_park(identity, lists.steps, lists.nsteps);
+	if (lists.nbacks > 0)
+		chat_queue_release(identity, lists.backs, lists.nbacks);
 	for (int i = 0; i < f->n; i++)
 	{
 		ChatStream *s = f->streams[i];
@@ -411,6 +484,8 @@ write_ends(void *arg)
 		f->seqs[i] = chat_event_collect(&batch, &s->target, f->seqs[i],
 										&s->end_log);
 	}
+	if (lists.nsteps > 0)
+		seal_steps(f);
 	write_events(&batch, f->quiet);
 }
 
@@ -444,6 +519,9 @@ count_end(const ChatStream *s)
 		case CHAT_END_RETRY:
 			pg_atomic_fetch_add_u64(&c->retried, 1);
 			rest_due = 0;		/* its time is in the table: look there */
+			break;
+		case CHAT_END_TOOLS:
+			turns_due = true;
 			break;
 		case CHAT_END_GIVE_BACK:
 			break;
@@ -792,6 +870,12 @@ plan_claim(const Claim *c)
 
 	claim_due = c->rest.more ? 0 : NEVER;
 	rest_due = NEVER;
+	turns_due = c->rest.turns;
+	tools_due = c->rest.tools;
+	if (!c->rest.parked && nstreams == 0 && c->n == 0)
+		beat_due = NEVER;
+	else if (beat_due == NEVER)
+		beat_due = now + heartbeat_interval;
 	if (c->rest.next_run != DT_NOEND)
 		rest_due = now + 1 +
 			TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
@@ -842,6 +926,149 @@ claim_is_due(int64 now)
 	return enabled && nstreams < limit && (claim_due <= now || rest_due <= now);
 }
 
+/* ---------- tools ---------- */
+
+/* What a turn of the parked tasks brought. */
+typedef struct Turns
+{
+	int			n;
+	pg_uuid_t  *tasks;
+	bool		quiet;
+} Turns;
+
+/* Transaction: gives the due parked tasks their turn. */
+static void
+turn_work(void *arg)
+{
+	Turns	   *t = arg;
+	ChatEventBatch batch = {0};
+	pg_uuid_t  *tasks;
+
+	t->n = chat_turn_run(identity, &batch, &tasks);
+	if (t->n == 0)
+		return;
+	t->tasks = memcpy(MemoryContextAlloc(tick_context,
+										 sizeof(pg_uuid_t) * t->n),
+					  tasks, sizeof(pg_uuid_t) * t->n);
+	write_events(&batch, t->quiet);
+}
+
+/* Gives the due parked tasks their turn. */
+static void
+turn(void)
+{
+	Turns		t = {0};
+	ErrorData  *edata = try_transaction("look after tool calls", true,
+										turn_work, &t);
+
+	if (edata && is_queue_full(edata))
+	{
+		t.quiet = true;
+		edata = try_transaction("look after tool calls", true, turn_work, &t);
+	}
+	turns_due = false;
+	claim_due = 0;
+	if (edata == NULL)
+	{
+		for (int i = 0; i < t.n; i++)
+			chat_shmem_publish(&t.tasks[i]);
+		return;
+	}
+	claim_due = NEVER;
+	rest_due = Min(rest_due, chat_stream_clock() + MAX_BACKOFF);
+}
+
+/* Transaction: looks what tool jobs wait. */
+static void
+judge_work(void *arg)
+{
+	chat_tool_judge();
+}
+
+/* Has the tools run that wait. */
+static void
+run_tools(void)
+{
+	tools_due = false;
+	if (try_transaction("look at tool jobs", true, judge_work, NULL) ||
+		chat_tool_schedule())
+		rest_due = Min(rest_due, chat_stream_clock() + 100);
+}
+
+/* Transaction: tells what running tools have reported. */
+static void
+progress_work(void *arg)
+{
+	Turns	   *t = arg;
+	ChatEventBatch batch = {0};
+	pg_uuid_t  *tasks;
+
+	t->n = chat_tool_progress(&batch, &tasks);
+	t->tasks = memcpy(MemoryContextAlloc(tick_context,
+										 sizeof(pg_uuid_t) * (t->n + 1)),
+					  tasks, sizeof(pg_uuid_t) * t->n);
+	write_events(&batch, false);
+}
+
+/* Tells what running tools have reported. */
+static void
+progress(void)
+{
+	Turns		t = {0};
+
+	if (try_transaction("tell progress", true, progress_work, &t) == NULL)
+		for (int i = 0; i < t.n; i++)
+			chat_shmem_publish(&t.tasks[i]);
+}
+
+/* Transaction: tells listeners of tasks that have nothing else to say. */
+static void
+beat_work(void *arg)
+{
+	int64		now = chat_stream_clock();
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
+
+		if (now - s->content_at >= heartbeat_interval)
+			chat_event_heartbeat(s->target.channel, s->target.task_text);
+	}
+	chat_turn_heartbeat();
+}
+
+/* Sends heartbeats: no rows, and not durable. */
+static void
+beat(int64 now)
+{
+	(void) try_transaction("send heartbeats", false, beat_work, NULL);
+	beat_due = now + heartbeat_interval;
+}
+
+/* ---------- retention ---------- */
+
+/* Retires old events; streams that wrote to their slot go on in another. */
+static void
+retire(void)
+{
+	ChatRetired r = {.holder = identity};
+	ErrorData  *edata = try_transaction("retire events", true,
+										chat_retention_work, &r);
+	dlist_iter	iter;
+
+	chat_retention_done(&r, edata != NULL, chat_stream_clock());
+	if (edata || !r.moved)
+		return;
+	dlist_foreach(iter, &streams)
+	{
+		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
+
+		if (s->target.slot == r.from)
+			s->target.slot = r.to;
+	}
+}
+
 /* ---------- time ---------- */
 
 /* Fails the streams that waited too long; notes when to look again. */
@@ -868,11 +1095,14 @@ static long
 sleep_time(void)
 {
 	int64		now = chat_stream_clock();
-	int64		due = Min(check_due, next_flush());
+	int64		due = Min(Min(check_due, beat_due), next_flush());
 	long		http = chat_http_timeout();
 
+	due = Min(due, chat_retention_due());
 	if (enabled && nstreams < limit)
 		due = Min(due, Min(claim_due, rest_due));
+	if (turns_due)
+		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
 	if (due == NEVER)
@@ -1060,6 +1290,7 @@ reload(void)
 	ConfigReloadPending = false;
 	ProcessConfigFile(PGC_SIGHUP);
 	set_limit();
+	chat_retention_recheck();
 	claim_due = 0;
 }
 
@@ -1079,14 +1310,24 @@ chat_worker_main(Datum slot)
 			reload();
 		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))
 			recheck();
+		if (pg_atomic_exchange_u32(&chat_slot->progress_due, 0))
+			progress();
 		receive();
 		now = chat_stream_clock();
 		if (check_due <= now)
 			check_times(now);
 		if (next_flush() <= now)
 			flush();
+		if (turns_due)
+			turn();
 		if (claim_is_due(now))
 			claim();
+		if (chat_retention_due() <= now)
+			retire();
+		if (tools_due)
+			run_tools();
+		if (beat_due <= now)
+			beat(now);
 		MemoryContextReset(tick_context);
 		if (WaitEventSetWait(set, sleep_time(), &event, 1,
 							 wait_event_main) == 1 &&

@@ -1,0 +1,960 @@
+/*
+ * tool.c
+ *		SQL tools: the process that runs them, and its scheduling.
+ *
+ * A tool worker is connected as the role that owns the session (P7): no code
+ * of a user ever runs with more rights than its own, and nothing has to be
+ * dropped or taken back.  It claims one call at a time:
+ *
+ *	claim	a short transaction as the extension's owner
+ *	run		the function, in a subtransaction as the role; its error is the
+ *			call's result.  Deferred constraints and triggers run there, too
+ *	store	in the same transaction, as the extension's owner: the result, the
+ *			job's removal, the ring at the parked task
+ *
+ * So a call without a result has had no effect in the database, and runs
+ * again after a crash.  When the job was taken away (cancelled, fenced off)
+ * the transaction is aborted, effects and all.
+ *
+ * Owns the slots of kind CHAT_SLOT_TOOL: the streaming worker takes and frees
+ * them (the first half of this file), the process fills them.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_database.h"
+#include "catalog/pg_proc.h"
+#include "commands/discard.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "nodes/makefuncs.h"
+#include "nodes/parsenodes.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "tcop/tcopprot.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timeout.h"
+
+#include "compat.h"
+#include "db.h"
+#include "json.h"
+#include "shmem.h"
+#include "tool.h"
+#include "turn.h"
+
+/* tool workers of a role that ended without a claim, before we give up */
+#define MAX_FALSE_STARTS 3
+/* a slot whose worker never came is free again after, in ms */
+#define START_TIME 30000
+/* how often an SQL call may take its worker down */
+#define MAX_CRASHES 3
+
+static int	tool_workers = 4;
+static int	tool_timeout = 60000;
+
+PG_FUNCTION_INFO_V1(chat_current_tool_call);
+PG_FUNCTION_INFO_V1(chat_report_progress);
+
+/* A call that this process runs. */
+typedef struct ToolCall
+{
+	int64		job;
+	int64		epoch;
+	pg_uuid_t	session;
+	pg_uuid_t	task;
+	pg_uuid_t	operation;
+	char	   *user_id;
+	char	   *call_id;
+	char	   *name;
+	char	   *function;		/* NULL: the tool is gone */
+	char	   *parameters;
+	char	   *input;
+	bool		read_only;
+	int64		timeout;		/* ms */
+	int			crashes;
+} ToolCall;
+
+static ToolCall *current_call = NULL;
+
+/* Declares the settings of tools. */
+void
+chat_tool_init(void)
+{
+	DefineCustomIntVariable("chat.tool_workers",
+							"Most processes that run SQL tools in a database.",
+							NULL, &tool_workers, 4, 1, 64, PGC_SIGHUP, 0,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.tool_timeout",
+							"Longest time of a tool that says nothing else.",
+							NULL, &tool_timeout, 60000, 1, INT_MAX,
+							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+}
+
+/* ---------- scheduling, in the streaming worker ---------- */
+
+/* $1 database: SQL calls that wait, by role */
+CHAT_STMT(waiting_roles,
+		  "SELECT j.owner, count(*)::int FROM chat.chat_job AS j"
+		  " JOIN chat.chat_tool_call AS c ON c.operation_id = j.operation_id"
+		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
+		  "  AND j.run_at <= now() AND c.kind = 'sql'"
+		  " GROUP BY j.owner ORDER BY min(j.id)",
+		  OIDOID);
+
+/* $1 database, $2 role, $3 why: fails the calls that nobody can run */
+CHAT_STMT(fail_calls,
+		  "WITH gone AS ("
+		  " DELETE FROM chat.chat_job AS j USING chat.chat_tool_call AS c"
+		  " WHERE c.operation_id = j.operation_id AND c.kind = 'sql'"
+		  "  AND j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
+		  "  AND j.owner = $2"
+		  " RETURNING j.operation_id, j.session_id, j.task_id"
+		  "), call AS ("
+		  " UPDATE chat.chat_tool_call AS c SET status = 'failed',"
+		  "  ended_at = now(), result = json_build_object('type', 'error',"
+		  "   'message', 'Tool ' || c.name || ' failed: ' || $3,"
+		  "   'code', 'tool_not_available')::text"
+		  " FROM gone WHERE c.operation_id = gone.operation_id"
+		  "  AND c.ended_at IS NULL)"
+		  " UPDATE chat.chat_job AS p SET run_at = '-infinity' FROM gone"
+		  " WHERE p.session_id = gone.session_id AND p.task_id = gone.task_id"
+		  "  AND p.kind = 'completion' AND p.parked",
+		  OIDOID, OIDOID, TEXTOID);
+
+/* What the scheduler knows of a role. */
+typedef struct WaitingRole
+{
+	Oid			role;
+	int			calls;
+	int			false_starts;
+	TimestampTz not_before;
+} WaitingRole;
+
+static WaitingRole *roles = NULL;
+static int	nroles = 0;
+
+/* Finds what is known of a role. */
+static WaitingRole *
+find_role(Oid role)
+{
+	for (int i = 0; i < nroles; i++)
+		if (roles[i].role == role)
+			return &roles[i];
+	roles = roles ? repalloc(roles, sizeof(WaitingRole) * (nroles + 1))
+		: MemoryContextAlloc(TopMemoryContext, sizeof(WaitingRole));
+	memset(&roles[nroles], 0, sizeof(WaitingRole));
+	roles[nroles].role = role;
+	return &roles[nroles++];
+}
+
+/* Says why no tool worker can be connected as a role; NULL if one can. */
+static const char *
+why_not(const WaitingRole *r)
+{
+	HeapTuple	tuple = SearchSysCache1(AUTHOID, ObjectIdGetDatum(r->role));
+	bool		can_login;
+
+	if (!HeapTupleIsValid(tuple))
+		return "the session's owner role does not exist any more";
+	can_login = ((Form_pg_authid) GETSTRUCT(tuple))->rolcanlogin;
+	ReleaseSysCache(tuple);
+	if (!can_login && !CHAT_WORKER_BYPASSES_LOGIN)
+		return "the session's owner role may not log in, which this version of PostgreSQL asks of a background worker";
+	if (chat_database_aclcheck(r->role) != ACLCHECK_OK)
+		return "the session's owner role may not connect to the database";
+	if (superuser_arg(r->role) &&
+		strcmp(GetConfigOption("chat.enable_superuser_tools", true, false)
+			   ? GetConfigOption("chat.enable_superuser_tools", true, false)
+			   : "off", "on") != 0)
+		return "the session's owner is a superuser and chat.enable_superuser_tools is off";
+	if (r->false_starts >= MAX_FALSE_STARTS)
+		return "no tool worker could be started as the session's owner role";
+	return NULL;
+}
+
+/* Looks what waits, and fails what cannot be run. */
+void
+chat_tool_judge(void)
+{
+	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId)};
+	uint64		n = chat_db_exec(&waiting_roles, values, NULL);
+	Oid		   *waiting = palloc(sizeof(Oid) * (n + 1));
+
+	for (int i = 0; i < nroles; i++)
+		roles[i].calls = 0;
+	for (uint64 row = 0; row < n; row++)
+	{
+		waiting[row] = chat_db_oid(row, 1);
+		find_role(waiting[row])->calls = chat_db_int32(row, 2, 0);
+	}
+	for (uint64 i = 0; i < n; i++)
+	{
+		WaitingRole *r = find_role(waiting[i]);
+		const char *reason = why_not(r);
+
+		if (reason == NULL)
+			continue;
+		values[1] = ObjectIdGetDatum(r->role);
+		values[2] = CStringGetTextDatum(reason);
+		chat_db_exec(&fail_calls, values, NULL);
+		r->calls = r->false_starts = 0;
+	}
+}
+
+/* Frees the slots of tool workers that have ended; counts those that live. */
+static int
+reap_tools(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	int			live = 0;
+
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+		bool		lost = slot->state == CHAT_SLOT_STARTING &&
+		TimestampDifferenceExceeds(slot->started_at, now, START_TIME);
+
+		if (slot->state == CHAT_SLOT_FREE || slot->kind != CHAT_SLOT_TOOL ||
+			slot->database != MyDatabaseId)
+			continue;
+		if (slot->state != CHAT_SLOT_EXITED && !lost)
+		{
+			live++;
+			continue;
+		}
+		if (slot->claimed)
+			find_role(slot->role)->false_starts = 0;
+		else if (slot->exit == CHAT_EXIT_ERROR)
+		{
+			WaitingRole *r = find_role(slot->role);
+
+			r->false_starts++;
+			r->not_before = TimestampTzPlusMilliseconds(now,
+														100 << r->false_starts);
+		}
+		slot->state = CHAT_SLOT_FREE;
+		slot->database = InvalidOid;
+	}
+	LWLockRelease(chat_shared->lock);
+	return live;
+}
+
+/* Counts the tool workers of a role that have nothing yet. */
+static int
+count_starting(Oid role)
+{
+	int			n = 0;
+
+	LWLockAcquire(chat_shared->lock, LW_SHARED);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+
+		if (slot->state != CHAT_SLOT_FREE && slot->state != CHAT_SLOT_EXITED &&
+			slot->kind == CHAT_SLOT_TOOL && slot->database == MyDatabaseId &&
+			slot->role == role && !slot->claimed)
+			n++;
+	}
+	LWLockRelease(chat_shared->lock);
+	return n;
+}
+
+/* Registers a tool worker; false when the server has no place for it. */
+static bool
+start_tool_worker(Oid role)
+{
+	Oid			extra[2] = {MyDatabaseId, role};
+	int			slot = chat_shmem_take_slot(CHAT_SLOT_TOOL, MyDatabaseId, role);
+	BackgroundWorker worker = {
+		.bgw_name = "chat tool worker",
+		.bgw_type = "chat tool worker",
+		.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION,
+		.bgw_start_time = BgWorkerStart_RecoveryFinished,
+		.bgw_restart_time = BGW_NEVER_RESTART,
+		.bgw_library_name = "chat",
+		.bgw_function_name = "chat_tool_main",
+	};
+
+	if (slot < 0)
+		return false;
+	worker.bgw_main_arg = Int32GetDatum(slot);
+	memcpy(worker.bgw_extra, extra, sizeof(extra));
+	if (RegisterDynamicBackgroundWorker(&worker, NULL))
+		return true;
+	chat_shmem_free_slot(slot);
+	return false;
+}
+
+/*
+ * Starts tool workers for the calls that chat_tool_judge() has found; true if
+ * some could not be started now.
+ */
+bool
+chat_tool_schedule(void)
+{
+	int			live = reap_tools();
+	bool		later = false;
+
+	for (int i = 0; i < nroles; i++)
+	{
+		WaitingRole *r = &roles[i];
+		int			missing = r->calls > 0 ? r->calls - count_starting(r->role) : 0;
+
+		if (missing > 0 && r->not_before > GetCurrentTimestamp())
+		{
+			later = true;
+			continue;
+		}
+		/* a worker that ends rings: no need to come back for those */
+		for (; missing > 0 && live < tool_workers; missing--, live++)
+		{
+			if (!start_tool_worker(r->role))
+			{
+				later = true;
+				break;
+			}
+		}
+	}
+	return later;
+}
+
+/* Cancels the statement of the tool worker that runs an operation. */
+void
+chat_tool_cancel(const pg_uuid_t *operation)
+{
+	LWLockAcquire(chat_shared->lock, LW_SHARED);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+
+		if (slot->kind == CHAT_SLOT_TOOL && slot->pid != 0 && slot->running &&
+			memcmp(&slot->operation, operation, UUID_LEN) == 0)
+			kill(slot->pid, SIGINT);
+	}
+	LWLockRelease(chat_shared->lock);
+}
+
+/* Writes what running tools of this database have reported. */
+int
+chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks)
+{
+	int			n = 0;
+
+	*tasks = palloc(sizeof(pg_uuid_t) * chat_shared->nslots);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+		char	   *report = NULL;
+		pg_uuid_t	operation;
+
+		LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+		if (slot->kind == CHAT_SLOT_TOOL && slot->database == MyDatabaseId &&
+			slot->progress_len > 0)
+		{
+			report = pnstrdup(slot->progress, slot->progress_len);
+			operation = slot->operation;
+			slot->progress_len = 0;
+		}
+		LWLockRelease(chat_shared->lock);
+		if (report && chat_turn_progress(&operation, report, batch,
+										 &(*tasks)[n]))
+			n++;
+	}
+	return n;
+}
+
+/* ---------- the process: claiming and storing ---------- */
+
+/* $1 identity, $2 role, $3 database, $4 session or NULL */
+CHAT_STMT(claim_call,
+		  "WITH picked AS MATERIALIZED ("
+		  " SELECT j.id FROM chat.chat_job AS j"
+		  " JOIN chat.chat_tool_call AS c ON c.operation_id = j.operation_id"
+		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.owner = $2"
+		  "  AND j.database = $3 AND j.run_at <= now() AND c.kind = 'sql'"
+		  "  AND ($4 IS NULL OR j.session_id = $4)"
+		  " ORDER BY j.id LIMIT 1 FOR UPDATE OF j SKIP LOCKED"
+		  "), job AS ("
+		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
+		  "  attempts = j.attempts + 1"
+		  " FROM picked AS p WHERE j.id = p.id"
+		  " RETURNING j.id, j.epoch, j.session_id, j.task_id,"
+		  "  j.operation_id, j.crashes"
+		  "), call AS ("
+		  " UPDATE chat.chat_tool_call AS c SET status = 'running',"
+		  "  started_at = now() FROM job"
+		  " WHERE c.operation_id = job.operation_id AND c.ended_at IS NULL"
+		  " RETURNING c.*)"
+		  " SELECT j.id, j.epoch, j.session_id, j.task_id, j.operation_id,"
+		  "  s.user_id, c.call_id, c.name, t.function, t.parameters::text,"
+		  "  COALESCE(c.input, '{}')::text, COALESCE(t.read_only, false),"
+		  "  (extract(epoch FROM c.timeout) * 1000)::bigint, j.crashes,"
+		  "  c.operation_id IS NULL"
+		  " FROM job AS j JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " LEFT JOIN call AS c ON c.operation_id = j.operation_id"
+		  " LEFT JOIN chat.chat_tool AS t ON t.id = c.tool_id AND t.enabled",
+		  INT8OID, OIDOID, OIDOID, UUIDOID);
+
+/* $1 session, $2 task: the first lock of all who end a call */
+CHAT_STMT(lock_parked,
+		  "SELECT id FROM chat.chat_job WHERE session_id = $1 AND task_id = $2"
+		  " AND kind = 'completion' FOR UPDATE",
+		  UUIDOID, UUIDOID);
+
+/* $1 job, $2 epoch, $3 identity, $4 operation, $5 status, $6 result */
+CHAT_STMT(store_result,
+		  "WITH gone AS ("
+		  " DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
+		  "  AND holder = $3 RETURNING id)"
+		  " UPDATE chat.chat_tool_call AS c SET status = $5, result = $6,"
+		  "  ended_at = now() FROM gone"
+		  " WHERE c.operation_id = $4 AND c.ended_at IS NULL"
+		  " RETURNING c.operation_id",
+		  INT8OID, INT8OID, INT8OID, UUIDOID, TEXTOID, TEXTOID);
+
+/* the same without an end: it comes from elsewhere; $5 ms until then */
+CHAT_STMT(store_accepted,
+		  "WITH gone AS ("
+		  " DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
+		  "  AND holder = $3 RETURNING id)"
+		  " UPDATE chat.chat_tool_call AS c SET status = 'waiting',"
+		  "  long_running = true,"
+		  "  deadline = now() + COALESCE(c.timeout, $5 * '1 ms'::interval)"
+		  " FROM gone WHERE c.operation_id = $4 AND c.ended_at IS NULL"
+		  " RETURNING c.operation_id",
+		  INT8OID, INT8OID, INT8OID, UUIDOID, INT8OID);
+
+/* Reads the row of a claim. */
+static ToolCall *
+read_call(void)
+{
+	ToolCall   *c = MemoryContextAllocZero(TopTransactionContext,
+										   sizeof(ToolCall));
+
+	c->job = chat_db_int64(0, 1, 0);
+	c->epoch = chat_db_int64(0, 2, 0);
+	c->session = chat_db_uuid(0, 3);
+	c->task = chat_db_uuid(0, 4);
+	c->operation = chat_db_uuid(0, 5);
+	c->user_id = chat_db_text(0, 6);
+	c->call_id = chat_db_text(0, 7);
+	c->name = chat_db_text(0, 8);
+	c->function = chat_db_text(0, 9);
+	c->parameters = chat_db_text(0, 10);
+	c->input = chat_db_text(0, 11);
+	c->read_only = chat_db_bool(0, 12);
+	c->timeout = chat_db_int64(0, 13, tool_timeout);
+	c->crashes = chat_db_int32(0, 14, 0);
+	return c;
+}
+
+/* Copies a string into the memory of the current call. */
+static char *
+keep(MemoryContext context, const char *s)
+{
+	return s ? MemoryContextStrdup(context, s) : NULL;
+}
+
+/*
+ * Claims a call for this process's role, of a session if one is given; NULL
+ * if there is none.
+ */
+static ToolCall *
+claim_next(const pg_uuid_t *session, MemoryContext context)
+{
+	Datum		values[4];
+	char		nulls[5] = "    ";
+	ToolCall   *claimed = NULL;
+	ToolCall   *c = NULL;
+
+	chat_db_begin("claim a tool call");
+	values[0] = Int64GetDatum(chat_slot->identity);
+	values[1] = ObjectIdGetDatum(chat_slot->role);
+	values[2] = ObjectIdGetDatum(MyDatabaseId);
+	values[3] = UUIDPGetDatum(session);
+	nulls[3] = session ? ' ' : 'n';
+	if (chat_db_exec(&claim_call, values, nulls) > 0)
+	{
+		claimed = read_call();
+		c = MemoryContextAlloc(context, sizeof(ToolCall));
+		*c = *claimed;
+		c->user_id = keep(context, claimed->user_id);
+		c->call_id = keep(context, claimed->call_id);
+		c->name = keep(context, claimed->name);
+		c->function = keep(context, claimed->function);
+		c->parameters = keep(context, claimed->parameters);
+		c->input = keep(context, claimed->input);
+	}
+	chat_db_commit(true);
+	return c;
+}
+
+/* True if a result says that the operation goes on elsewhere. */
+static bool
+is_accepted(const char *result)
+{
+	Jsonb	   *value;
+	JsonbValue	v;
+
+	if (result[0] != '{')
+		return false;
+	value = chat_db_parse_json(result);
+	return value && JB_ROOT_IS_OBJECT(value) &&
+		getKeyJsonValueFromContainer(&value->root, "status", 6, &v) &&
+		v.type == jbvString && v.val.string.len == 8 &&
+		memcmp(v.val.string.val, "accepted", 8) == 0;
+}
+
+/*
+ * Stores a call's result, as the extension's owner, in the transaction that
+ * the call ran in.  An error (the job was taken away) undoes them both.
+ */
+static void
+store(const ToolCall *c, bool failed, const char *result)
+{
+	ChatScope	scope;
+	Datum		values[6];
+	uint64		n;
+
+	chat_db_enter(&scope);
+	values[0] = UUIDPGetDatum(&c->session);
+	values[1] = UUIDPGetDatum(&c->task);
+	chat_db_exec(&lock_parked, values, NULL);
+	values[0] = Int64GetDatum(c->job);
+	values[1] = Int64GetDatum(c->epoch);
+	values[2] = Int64GetDatum(chat_slot->identity);
+	values[3] = UUIDPGetDatum(&c->operation);
+	if (!failed && is_accepted(result))
+	{
+		values[4] = Int64GetDatum((int64) chat_turn_operation_timeout());
+		n = chat_db_exec(&store_accepted, values, NULL);
+	}
+	else
+	{
+		values[4] = CStringGetTextDatum(failed ? "failed" : "completed");
+		values[5] = CStringGetTextDatum(result);
+		n = chat_db_exec(&store_result, values, NULL);
+	}
+	if (n == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_QUERY_CANCELED),
+				 errmsg("the tool call was ended by somebody else")));
+	chat_turn_ring(&c->session, &c->task);
+	chat_db_leave(&scope);
+}
+
+/* ---------- the process: running a function ---------- */
+
+/* What a function takes and returns. */
+typedef struct Function
+{
+	char	   *name;			/* qualified and quoted */
+	int			nargs;
+	Oid		   *types;
+	char	  **names;			/* NULL: without names */
+	Oid			result;
+	bool		returns_set;
+} Function;
+
+/* Resolves a signature with the rights and the search_path of the role. */
+static void
+look_up_function(const char *signature, Function *f)
+{
+	Oid			oid = DatumGetObjectId(DirectFunctionCall1(regprocedurein,
+														   CStringGetDatum(signature)));
+	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(oid));
+	Form_pg_proc form;
+	Oid		   *all_types;
+	char	   *modes;
+	char	  **all_names;
+	int			nall;
+
+	if (!HeapTupleIsValid(tuple))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_FUNCTION),
+				 errmsg("function \"%s\" does not exist", signature)));
+	form = (Form_pg_proc) GETSTRUCT(tuple);
+	if (form->prokind != PROKIND_FUNCTION)
+		ereport(ERROR,
+				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
+				 errmsg("\"%s\" is not a plain function", signature)));
+	f->name = quote_qualified_identifier(get_namespace_name(form->pronamespace),
+										 NameStr(form->proname));
+	f->result = form->prorettype;
+	f->returns_set = form->proretset;
+	nall = get_func_arg_info(tuple, &all_types, &all_names, &modes);
+	f->types = palloc(sizeof(Oid) * Max(nall, 1));
+	f->names = palloc(sizeof(char *) * Max(nall, 1));
+	f->nargs = 0;
+	for (int i = 0; i < nall; i++)
+	{
+		if (modes && modes[i] != PROARGMODE_IN && modes[i] != PROARGMODE_INOUT)
+			continue;
+		f->types[f->nargs] = all_types[i];
+		f->names[f->nargs++] = all_names ? all_names[i] : "";
+	}
+	ReleaseSysCache(tuple);
+}
+
+/* True if an object has a member. */
+static bool
+has_member(JsonbContainer *object, const char *name)
+{
+	JsonbValue	v;
+
+	return getKeyJsonValueFromContainer(object, name, (int) strlen(name),
+										&v) != NULL;
+}
+
+/* True if the schema that the model was shown names a property. */
+static bool
+is_in_schema(const char *parameters, const char *name)
+{
+	Jsonb	   *schema = parameters ? chat_db_parse_json(parameters) : NULL;
+	JsonbValue	v;
+
+	return schema && JB_ROOT_IS_OBJECT(schema) &&
+		getKeyJsonValueFromContainer(&schema->root, "properties", 10, &v) &&
+		v.type == jbvBinary && JsonContainerIsObject(v.val.binary.data) &&
+		has_member(v.val.binary.data, name);
+}
+
+/*
+ * Builds the statement that calls the function with the input's members as
+ * arguments by name: $1 is the input.
+ */
+static char *
+call_statement(const ToolCall *c, const Function *f)
+{
+	JsonbContainer *input = &DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+																CStringGetDatum(c->input)))->root;
+	StringInfoData args;
+	StringInfoData columns;
+	const char *wrap = "pg_catalog.to_json(q.x)";
+
+	initStringInfo(&args);
+	initStringInfo(&columns);
+	for (int i = 0; i < f->nargs; i++)
+	{
+		const char *name = quote_identifier(f->names[i]);
+		Oid			type = f->types[i];
+
+		if ((type == JSONOID || type == JSONBOID) &&
+			!is_in_schema(c->parameters, f->names[i]) && f->names[i][0] &&
+			!has_member(input, f->names[i]))
+			appendStringInfo(&args, "%s%s => $1%s", args.len ? ", " : "",
+							 name, type == JSONOID ? "::pg_catalog.json" : "");
+		else if (f->names[i][0] && has_member(input, f->names[i]))
+		{
+			appendStringInfo(&args, "%s%s => r.%s", args.len ? ", " : "",
+							 name, name);
+			appendStringInfo(&columns, "%s%s %s", columns.len ? ", " : "",
+							 name, format_type_be_qualified(type));
+		}
+	}
+	if (f->result == JSONOID || f->result == JSONBOID || f->result == TEXTOID ||
+		f->result == VARCHAROID || f->result == VOIDOID)
+		wrap = "q.x";
+	if (f->returns_set)
+		wrap = "COALESCE(pg_catalog.json_agg(q.x), '[]')";
+	return psprintf("SELECT (%s)::text FROM (SELECT %s(%s) AS x%s%s%s) AS q",
+					wrap, f->name, args.data,
+					columns.len ? " FROM pg_catalog.jsonb_to_record($1) AS r(" : "",
+					columns.data, columns.len ? ")" : "");
+}
+
+/* Runs the function; returns its result as text. */
+static char *
+run_function(const ToolCall *c, MemoryContext context)
+{
+	Function	f;
+	char	   *sql;
+	char	   *result = NULL;
+	Oid			types[1] = {JSONBOID};
+	Datum		values[1];
+	int			rc;
+
+	if (c->function == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("the tool does not exist any more")));
+	SPI_connect();
+	look_up_function(c->function, &f);
+	sql = call_statement(c, &f);
+	values[0] = DirectFunctionCall1(jsonb_in, CStringGetDatum(c->input));
+	pgstat_report_activity(STATE_RUNNING, sql);
+	rc = SPI_execute_with_args(sql, 1, types, values, NULL, false, 0);
+	if (rc != SPI_OK_SELECT)
+		elog(ERROR, "could not run tool: %s", SPI_result_code_string(rc));
+	if (SPI_processed > 0 && f.result != VOIDOID)
+		result = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+	result = MemoryContextStrdup(context, result ? result : "null");
+	/* what is deferred runs now, as the role */
+	SPI_execute("SET CONSTRAINTS ALL IMMEDIATE", false, 0);
+	SPI_finish();
+	return result;
+}
+
+/* Builds the result of a call that failed. */
+static char *
+error_result(const ToolCall *c, const ErrorData *edata)
+{
+	StringInfoData json;
+	char	   *message = psprintf("Tool %s failed: %s", c->name, edata->message);
+	size_t		len = strlen(message);
+
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"type\":\"error\",\"message\":\"");
+	enlargeStringInfo(&json, (int) chat_json_escape(message, len, NULL));
+	json.len += (int) chat_json_escape(message, len, json.data + json.len);
+	appendStringInfo(&json, "\",\"code\":\"%s\"}",
+					 unpack_sql_state(edata->sqlerrcode));
+	return json.data;
+}
+
+/* Runs the function in a subtransaction; its error becomes its result. */
+static char *
+try_function(const ToolCall *c, MemoryContext context, bool *failed)
+{
+	char	   *volatile result = NULL;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	*failed = false;
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		XactReadOnly = c->read_only;
+		enable_timeout_after(STATEMENT_TIMEOUT, (int) Min(c->timeout, INT_MAX));
+		result = run_function(c, context);
+		disable_timeout(STATEMENT_TIMEOUT, false);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		disable_timeout(STATEMENT_TIMEOUT, false);
+		MemoryContextSwitchTo(context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		result = error_result(c, edata);
+		*failed = true;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	return result;
+}
+
+/* Says in shared memory what this process runs. */
+static void
+announce(const ToolCall *c)
+{
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	chat_slot->running = c != NULL;
+	chat_slot->claimed = true;
+	chat_slot->progress_len = 0;
+	if (c)
+		chat_slot->operation = c->operation;
+	LWLockRelease(chat_shared->lock);
+}
+
+/* Runs one call and stores its result, in one transaction. */
+static void
+perform(ToolCall *c, MemoryContext context)
+{
+	bool		failed;
+	char	   *result;
+
+	announce(c);
+	current_call = c;
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	result = try_function(c, context, &failed);
+	announce(NULL);
+	current_call = NULL;
+	/* a cancel that comes from here on comes too late */
+	HOLD_CANCEL_INTERRUPTS();
+	store(c, failed, result);
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	RESUME_CANCEL_INTERRUPTS();
+	pgstat_report_stat(true);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/*
+ * Gives back to the next call a session without a trace of the last one:
+ * settings, temporary tables, prepared statements, locks, LISTEN.
+ */
+static void
+discard_all(void)
+{
+	DiscardStmt *stmt = makeNode(DiscardStmt);
+
+	stmt->target = DISCARD_ALL;
+	StartTransactionCommand();
+	DiscardCommand(stmt, true);
+	CommitTransactionCommand();
+}
+
+/* Ends a call whose transaction failed as a whole, if it is still ours. */
+static void
+store_failure(const ToolCall *c, ErrorData *edata, MemoryContext context)
+{
+	MemoryContext old = MemoryContextSwitchTo(context);
+	char	   *result = error_result(c, edata);
+
+	PG_TRY();
+	{
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+		PushActiveSnapshot(GetTransactionSnapshot());
+		store(c, true, result);
+		PopActiveSnapshot();
+		CommitTransactionCommand();
+	}
+	PG_CATCH();
+	{
+		/* taken away: nothing is left to do */
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+		AbortCurrentTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+}
+
+/* Runs a call; whatever goes wrong with it ends with it. */
+static void
+perform_safely(ToolCall *c, MemoryContext context)
+{
+	PG_TRY();
+	{
+		perform(c, context);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		QueryCancelHoldoffCount = 0;
+		AbortCurrentTransaction();
+		announce(NULL);
+		current_call = NULL;
+		store_failure(c, edata, context);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+}
+
+/* Main function of the tool worker. */
+void
+chat_tool_main(Datum slot)
+{
+	Oid			extra[2];
+	MemoryContext context;
+	pg_uuid_t	session;
+	ToolCall   *c;
+	bool		first = true;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	memcpy(extra, MyBgworkerEntry->bgw_extra, sizeof(extra));
+	chat_shmem_attach(DatumGetInt32(slot), extra[0]);
+	BackgroundWorkerInitializeConnectionByOid(extra[0], extra[1],
+											  CHAT_WORKER_CONNECT_FLAGS);
+	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
+	context = AllocSetContextCreate(TopMemoryContext, "chat tool call",
+									ALLOCSET_DEFAULT_SIZES);
+	while ((c = claim_next(first ? NULL : &session, context)) != NULL)
+	{
+		CHECK_FOR_INTERRUPTS();
+		session = c->session;
+		first = false;
+		perform_safely(c, context);
+		discard_all();
+		MemoryContextReset(context);
+	}
+	proc_exit(0);
+}
+
+/* ---------- functions that a tool calls ---------- */
+
+/* current_tool_call: what the call is about; NULLs outside of one. */
+Datum
+chat_current_tool_call(PG_FUNCTION_ARGS)
+{
+	TupleDesc	desc;
+	Datum		values[6] = {0};
+	bool		nulls[6] = {true, true, true, true, true, true};
+	const ToolCall *c = current_call;
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	if (c)
+	{
+		values[0] = UUIDPGetDatum(&c->session);
+		values[1] = c->user_id ? CStringGetTextDatum(c->user_id) : (Datum) 0;
+		values[2] = UUIDPGetDatum(&c->task);
+		values[3] = CStringGetTextDatum(c->call_id);
+		values[4] = UUIDPGetDatum(&c->operation);
+		values[5] = CStringGetTextDatum(c->name);
+		memset(nulls, false, sizeof(nulls));
+		nulls[1] = c->user_id == NULL;
+	}
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc),
+													  values, nulls)));
+}
+
+/*
+ * report_progress: shows listeners how far the running tool has come, though
+ * its transaction is open.  A report that nobody has read yet is replaced.
+ */
+Datum
+chat_report_progress(PG_FUNCTION_ARGS)
+{
+	Jsonb	   *report = PG_GETARG_JSONB_P(0);
+	char	   *text = JsonbToCString(NULL, &report->root, VARSIZE(report));
+	int			len = (int) strlen(text);
+
+	if (current_call == NULL)
+		PG_RETURN_BOOL(false);
+	if (len > CHAT_PROGRESS_SIZE)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("progress report is too long"),
+				 errdetail("It has %d bytes; at most %d are allowed.", len,
+						   CHAT_PROGRESS_SIZE)));
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	memcpy(chat_slot->progress, text, len);
+	chat_slot->progress_len = len;
+	LWLockRelease(chat_shared->lock);
+	chat_shmem_ring_progress(MyDatabaseId);
+	PG_RETURN_BOOL(true);
+}

@@ -1,0 +1,28 @@
+/*
+ * tool.h
+ *		SQL tools: the process that runs them, and its scheduling.
+ */
+#ifndef CHAT_TOOL_H
+#define CHAT_TOOL_H
+
+#include "postgres.h"
+
+#include "event.h"
+
+extern void chat_tool_init(void);
+
+/* Starts tool workers for what waits; part of the streaming worker. */
+extern bool chat_tool_schedule(void);
+
+/* Fails, in the current transaction, the calls that cannot be run. */
+extern void chat_tool_judge(void);
+
+/* Cancels the calls that run although they have ended. */
+extern void chat_tool_cancel(const pg_uuid_t *operation);
+
+/* Writes what running tools have reported; in the current transaction. */
+extern int	chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks);
+
+extern PGDLLEXPORT void chat_tool_main(Datum slot);
+
+#endif							/* CHAT_TOOL_H */

@@ -1,0 +1,1044 @@
+/*
+ * turn.c
+ *		The tool phase of a task.
+ *
+ * Owns what the streaming worker writes to chat_tool_call.  Tool workers and
+ * callbacks write a call's end there and make the parked job due; only a turn
+ * writes messages and events (so they come in one order), under the session's
+ * lock and with the job held for the length of its transaction.
+ *
+ * A call's life: approval -> pending -> running -> an end; or waiting -> an
+ * end, when the end comes from elsewhere.  An end is written once: every
+ * statement that writes one asks for ended_at IS NULL.
+ *
+ * A task all of whose open calls are long operations is detached: it leaves
+ * the session to other tasks, and takes it back when it is free.
+ */
+#include "postgres.h"
+
+#include "access/xlog.h"
+#include "catalog/pg_type.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/guc.h"
+
+#include "db.h"
+#include "json.h"
+#include "queue.h"
+#include "turn.h"
+
+/* tasks of one transaction */
+#define MAX_TURNS 256
+
+static int	max_steps = 10;
+static int	max_tool_calls = 32;
+static int	max_tool_output_length = 100000;
+static int	operation_timeout = 600000;
+
+/*
+ * $1 holder, $2 database, $3 most calls of a step, $4 time of an operation in
+ * ms; then arrays: $5 job, $6 epoch, $7 session, $8 task, $9 answer id,
+ * $10 content, $11 refusal, $12 tool calls, $13 metadata, $14 prompt tokens,
+ * $15 completion tokens, $16 usage, $17 calls
+ */
+CHAT_STMT(park_tasks,
+		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
+		  "  unnest($5), unnest($6), unnest($7), unnest($8), unnest($9),"
+		  "  unnest($10), unnest($11), unnest($12), unnest($13),"
+		  "  unnest($14), unnest($15), unnest($16), unnest($17))"
+		  "  AS u (job, epoch, session, task, answer, content, refusal,"
+		  "  tool_calls, metadata, prompt, completion, usage, calls)"
+		  "), ok AS MATERIALIZED ("
+		  " SELECT e.*, s.next_sequence, s.owner, t.steps + 1 AS step,"
+		  "  (s.settings || t.options) -> 'tools' AS allowed"
+		  " FROM e JOIN chat.chat_job AS j ON j.id = e.job"
+		  "  AND j.epoch = e.epoch AND j.holder = $1"
+		  " JOIN chat.chat_session AS s ON s.id = e.session"
+		  " JOIN chat.chat_task AS t ON t.id = e.task"
+		  "), message AS ("
+		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
+		  "  content, refusal, tool_calls, task_id, metadata)"
+		  " SELECT session, next_sequence, answer, 'assistant', content,"
+		  "  refusal, tool_calls::jsonb, task, metadata::jsonb FROM ok"
+		  "), asked AS MATERIALIZED ("
+		  " SELECT gen_random_uuid() AS operation, ok.session, ok.task,"
+		  "  ok.owner, ok.answer, ok.step, c.place::int,"
+		  "  ok.next_sequence + c.place AS sequence,"
+		  "  c.item->>'id' AS call_id, c.item->>'name' AS name,"
+		  "  c.item->>'arguments' AS arguments, c.item->'input' AS input,"
+		  "  k.id AS tool, k.kind, k.timeout, k.approval,"
+		  "  COALESCE(k.long_running, false) AS long_running,"
+		  "  COALESCE(k.idempotent, false) AS idempotent,"
+		  "  CASE WHEN c.item->>'error' IS NOT NULL THEN c.item->>'error'"
+		  "   WHEN c.place > $3 THEN 'more than ' || $3 || ' calls in one step'"
+		  "   WHEN k.id IS NULL THEN 'there is no such tool'"
+		  "   ELSE (SELECT 'the required property \"' || r || '\" is missing'"
+		  "    FROM jsonb_array_elements_text(CASE jsonb_typeof("
+		  "     k.parameters->'required') WHEN 'array'"
+		  "     THEN k.parameters->'required' ELSE '[]' END) AS r"
+		  "    WHERE NOT (c.item->'input') ? r LIMIT 1) END AS problem"
+		  " FROM ok CROSS JOIN LATERAL jsonb_array_elements(ok.calls::jsonb)"
+		  "  WITH ORDINALITY AS c (item, place)"
+		  " LEFT JOIN LATERAL (SELECT * FROM chat.chat_tool AS t"
+		  "  WHERE t.name = c.item->>'name' AND t.enabled"
+		  "   AND (t.owner = ok.owner OR t.owner IS NULL)"
+		  "   AND (ok.allowed IS NULL OR ok.allowed ? t.name)"
+		  "  ORDER BY t.owner NULLS LAST LIMIT 1) AS k ON true"
+		  "), judged AS MATERIALIZED ("
+		  " SELECT a.*, CASE WHEN problem IS NOT NULL THEN 'failed'"
+		  "  WHEN approval = 'deny' THEN 'denied'"
+		  "  WHEN approval = 'ask' THEN 'approval'"
+		  "  WHEN kind = 'client' THEN 'waiting' ELSE 'pending' END AS status,"
+		  "  CASE WHEN problem IS NOT NULL THEN 'failed: ' || problem"
+		  "   WHEN approval = 'deny' THEN 'denied: it is not allowed' END"
+		  "  AS trouble FROM asked AS a"
+		  "), call AS ("
+		  " INSERT INTO chat.chat_tool_call (operation_id, session_id,"
+		  "  task_id, message_id, position, sequence, step, call_id, name,"
+		  "  kind, tool_id, arguments, input, timeout, long_running,"
+		  "  idempotent, status, result, deadline, ended_at)"
+		  " SELECT operation, session, task, answer, place, sequence, step,"
+		  "  call_id, name,"
+		  "  CASE WHEN problem IS NULL THEN kind ELSE 'none' END, tool,"
+		  "  arguments, input, timeout, long_running, idempotent, status,"
+		  "  json_build_object('type', 'error', 'message', 'Tool ' || name"
+		  "   || ' ' || trouble, 'code', CASE status WHEN 'denied'"
+		  "   THEN 'denied' ELSE 'invalid_input' END)::text,"
+		  "  CASE WHEN status IN ('approval', 'waiting')"
+		  "   OR status = 'pending' AND long_running"
+		  "   THEN now() + COALESCE(timeout, $4 * '1 ms'::interval) END,"
+		  "  CASE WHEN trouble IS NOT NULL THEN now() END"
+		  " FROM (SELECT * FROM judged) AS j WHERE trouble IS NOT NULL"
+		  " UNION ALL"
+		  " SELECT operation, session, task, answer, place, sequence, step,"
+		  "  call_id, name, kind, tool, arguments, input, timeout,"
+		  "  long_running, idempotent, status, NULL,"
+		  "  CASE WHEN status <> 'pending' OR long_running"
+		  "   THEN now() + COALESCE(timeout, $4 * '1 ms'::interval) END,"
+		  "  NULL FROM judged WHERE trouble IS NULL"
+		  "), tool_message AS ("
+		  " INSERT INTO chat.chat_message (session_id, sequence, role,"
+		  "  content, tool_call_id, name, task_id, metadata)"
+		  " SELECT session, sequence, 'tool', '', call_id, name, task,"
+		  "  jsonb_build_object('operation_id', operation, 'pending', true)"
+		  " FROM judged"
+		  "), tool_job AS ("
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
+		  "  database, operation_id)"
+		  " SELECT 'tool', session, task, owner, $2, operation FROM judged"
+		  " WHERE status = 'pending'"
+		  "), session AS ("
+		  " UPDATE chat.chat_session AS s"
+		  " SET next_sequence = s.next_sequence + 1"
+		  "   + jsonb_array_length(ok.calls::jsonb),"
+		  "  total_prompt_tokens = s.total_prompt_tokens + ok.prompt,"
+		  "  total_completion_tokens"
+		  "   = s.total_completion_tokens + ok.completion,"
+		  "  updated_at = now()"
+		  " FROM ok WHERE s.id = ok.session"
+		  "), task AS ("
+		  " UPDATE chat.chat_task AS t SET steps = ok.step,"
+		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
+		  "  completion_tokens = t.completion_tokens + ok.completion,"
+		  "  usage = chat.add_usage(t.usage, ok.usage::jsonb)"
+		  " FROM ok WHERE t.id = ok.task)"
+		  " SELECT job FROM ok",
+		  INT8OID, OIDOID, INT4OID, INT4OID, INT8ARRAYOID, INT8ARRAYOID,
+		  UUIDARRAYOID, UUIDARRAYOID, UUIDARRAYOID, TEXTARRAYOID,
+		  TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID,
+		  INT8ARRAYOID, TEXTARRAYOID, TEXTARRAYOID);
+
+/* $1 holder, arrays: $2 job, $3 epoch, $4 last seq */
+CHAT_STMT(seal_jobs,
+		  "UPDATE chat.chat_job AS j SET holder = NULL, parked = true,"
+		  " attempts = 0, run_at = '-infinity', last_seq = e.last_seq"
+		  " FROM ROWS FROM (unnest($2), unnest($3), unnest($4))"
+		  "  AS e (job, epoch, last_seq)"
+		  " WHERE j.id = e.job AND j.epoch = e.epoch AND j.holder = $1",
+		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID);
+
+/* $1 holder, $2 database, $3 limit, $4 first run of this timeline */
+CHAT_STMT(pick_turns,
+		  "WITH picked AS MATERIALIZED ("
+		  " SELECT j.id, s.channel FROM chat.chat_job AS j"
+		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " WHERE j.holder IS NULL AND j.kind <> 'tool' AND j.parked"
+		  "  AND j.database = $2 AND j.run_at <= now()"
+		  " ORDER BY j.run_at, j.id LIMIT $3"
+		  " FOR UPDATE OF j SKIP LOCKED"
+		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
+		  "), job AS ("
+		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1"
+		  " FROM picked AS p WHERE j.id = p.id"
+		  " RETURNING j.id, j.epoch, j.session_id, j.task_id, j.owner,"
+		  "  j.cancel, j.last_seq, p.channel"
+		  "), task AS ("
+		  " UPDATE chat.chat_task AS t SET run = GREATEST(t.run, $4)"
+		  " FROM job WHERE t.id = job.task_id AND t.run < $4 RETURNING t.id)"
+		  " SELECT j.id, j.epoch, j.session_id, j.task_id, j.owner, j.cancel,"
+		  "  j.last_seq, j.channel::text, GREATEST(t.run, $4), t.run < $4,"
+		  "  t.slot, t.steps, t.detached, t.status,"
+		  "  EXISTS (SELECT FROM chat.chat_task AS r"
+		  "   WHERE r.session_id = j.session_id AND r.id <> j.task_id"
+		  "   AND (r.status = 'running'"
+		  "    OR r.status = 'waiting' AND NOT r.detached))"
+		  " FROM job AS j JOIN chat.chat_task AS t ON t.id = j.task_id"
+		  " ORDER BY j.id",
+		  INT8OID, OIDOID, INT4OID, INT4OID);
+
+/* $1 tasks, $2 their steps */
+CHAT_STMT(load_calls,
+		  "SELECT w.n::int, c.operation_id, c.call_id, c.name, c.kind,"
+		  " c.status, c.result, c.long_running, c.announced, c.delivered,"
+		  " c.sequence, c.deadline, COALESCE(c.input::text, '{}'),"
+		  " c.arguments, length(c.result)"
+		  " FROM ROWS FROM (unnest($1), unnest($2))"
+		  "  WITH ORDINALITY AS w (task, step, n)"
+		  " JOIN chat.chat_tool_call AS c ON c.task_id = w.task"
+		  "  AND c.step = w.step"
+		  " ORDER BY w.n, c.position",
+		  UUIDARRAYOID, INT4ARRAYOID);
+
+/*
+ * Arrays: $1 operation, $2 status (NULL = as it is), $3 result (the same),
+ * $4 announced, $5 delivered, $6 content of the tool message (NULL = as it is)
+ */
+CHAT_STMT(update_calls,
+		  "WITH u AS MATERIALIZED (SELECT * FROM ROWS FROM (unnest($1),"
+		  "  unnest($2), unnest($3), unnest($4), unnest($5), unnest($6))"
+		  "  AS v (operation, status, result, announced, delivered, content)"
+		  "), call AS ("
+		  " UPDATE chat.chat_tool_call AS c"
+		  " SET status = COALESCE(u.status, c.status),"
+		  "  result = COALESCE(u.result, c.result),"
+		  "  ended_at = CASE WHEN u.status IN ('completed', 'failed',"
+		  "   'denied', 'cancelled') THEN now() ELSE c.ended_at END,"
+		  "  announced = u.announced, delivered = u.delivered"
+		  " FROM u WHERE c.operation_id = u.operation"
+		  " RETURNING c.operation_id, c.session_id, c.sequence, u.content,"
+		  "  u.status, u.delivered"
+		  "), job AS ("
+		  " DELETE FROM chat.chat_job AS j USING call"
+		  " WHERE j.session_id = call.session_id AND j.kind = 'tool'"
+		  "  AND j.operation_id = call.operation_id"
+		  "  AND call.delivered)"
+		  " UPDATE chat.chat_message AS m SET content = call.content,"
+		  "  metadata = CASE WHEN call.delivered THEN m.metadata - 'pending'"
+		  "   ELSE m.metadata END"
+		  " FROM call WHERE m.session_id = call.session_id"
+		  "  AND m.sequence = call.sequence AND call.content IS NOT NULL",
+		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
+		  BOOLARRAYOID, TEXTARRAYOID);
+
+/*
+ * $1 holder, $2 database, arrays: $3 job, $4 epoch, $5 parked, $6 run at,
+ * $7 last seq, $8 status of the task, $9 detached
+ *
+ * A task that leaves its session free makes the next one ready.
+ */
+CHAT_STMT(leave_turns,
+		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM (unnest($3),"
+		  "  unnest($4), unnest($5), unnest($6), unnest($7), unnest($8),"
+		  "  unnest($9)) AS u (job, epoch, parked, run_at, last_seq, status,"
+		  "  detached)"
+		  "), job AS ("
+		  " UPDATE chat.chat_job AS j SET holder = NULL, parked = e.parked,"
+		  "  run_at = e.run_at, last_seq = e.last_seq, attempts = 0"
+		  " FROM e WHERE j.id = e.job AND j.epoch = e.epoch"
+		  "  AND j.holder = $1"
+		  " RETURNING j.task_id, j.session_id, j.owner, e.status, e.detached,"
+		  "  e.parked"
+		  "), task AS ("
+		  " UPDATE chat.chat_task AS t SET status = job.status,"
+		  "  detached = job.detached,"
+		  "  answer_id = CASE WHEN job.parked THEN t.answer_id"
+		  "   ELSE gen_random_uuid() END"
+		  " FROM job WHERE t.id = job.task_id)"
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
+		  "  database)"
+		  " SELECT 'completion', job.session_id, q.id, job.owner, $2"
+		  " FROM job CROSS JOIN LATERAL (SELECT t.id FROM chat.chat_task AS t"
+		  "  WHERE t.session_id = job.session_id AND t.status = 'queued'"
+		  "  ORDER BY t.place LIMIT 1) AS q"
+		  " WHERE job.detached AND NOT EXISTS (SELECT FROM chat.chat_job AS o"
+		  "  WHERE o.session_id = job.session_id AND o.task_id = q.id"
+		  "   AND o.kind = 'completion')",
+		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, BOOLARRAYOID,
+		  TIMESTAMPTZARRAYOID, INT8ARRAYOID, TEXTARRAYOID, BOOLARRAYOID);
+
+/* $1 session, $2 task */
+CHAT_STMT(ring_job,
+		  "UPDATE chat.chat_job SET run_at = '-infinity'"
+		  " WHERE session_id = $1 AND task_id = $2 AND kind = 'completion'"
+		  " AND parked",
+		  UUIDOID, UUIDOID);
+
+/*
+ * $1 operation, $2 first run of this timeline: takes the next number of the
+ * task's stream.  A task that was not yet seen on this timeline has its turn
+ * first.
+ */
+CHAT_STMT(next_seq,
+		  "UPDATE chat.chat_job AS j SET last_seq = j.last_seq + 1"
+		  " FROM chat.chat_tool_call AS c"
+		  " JOIN chat.chat_task AS t ON t.id = c.task_id AND t.run >= $2"
+		  " JOIN chat.chat_session AS s ON s.id = c.session_id"
+		  " WHERE c.operation_id = $1 AND c.ended_at IS NULL"
+		  "  AND j.session_id = c.session_id AND j.task_id = c.task_id"
+		  "  AND j.kind = 'completion' AND j.parked AND j.holder IS NULL"
+		  " RETURNING j.last_seq, t.id, t.slot, s.channel::text, c.call_id",
+		  UUIDOID, INT4OID);
+
+/* $1 database */
+CHAT_STMT(parked_tasks,
+		  "SELECT s.channel::text, j.task_id FROM chat.chat_job AS j"
+		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " WHERE j.holder IS NULL AND j.parked AND j.database = $1"
+		  " LIMIT 10000",
+		  OIDOID);
+
+/* A call as a turn sees it, and what the turn does to it. */
+typedef struct Call
+{
+	pg_uuid_t	operation;
+	char	   *call_id;
+	char	   *name;
+	char	   *kind;
+	char	   *status;
+	char	   *result;
+	bool		long_running;
+	bool		announced;
+	bool		delivered;
+	TimestampTz deadline;
+	char	   *input;
+	char	   *arguments;
+	int			result_length;	/* characters */
+	bool		changed;
+	const char *new_status;		/* NULL = as it is */
+	const char *content;		/* of the tool message, NULL = as it is */
+} Call;
+
+/* A parked task that has its turn. */
+typedef struct Turn
+{
+	ChatJob		job;
+	bool		new_run;
+	int			steps;
+	bool		busy;			/* another task has the session */
+	int			ncalls;
+	Call	   *calls;
+	ChatEventTarget target;
+	ChatEventLog log;
+	ChatEnd    *end;			/* the task ends here */
+	bool		parked;			/* stays so */
+	TimestampTz run_at;
+	const char *status;
+	bool		detached;
+	int64		seq;
+} Turn;
+
+/* Declares the settings of the tool phase. */
+void
+chat_turn_init(void)
+{
+	DefineCustomIntVariable("chat.max_steps",
+							"Most steps (requests to the model) of a task.",
+							NULL, &max_steps, 10, 1, 1000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_tool_calls",
+							"Most tool calls of a step.",
+							NULL, &max_tool_calls, 32, 1, 250,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_tool_output_length",
+							"Most characters of a tool's result that the model is shown.",
+							NULL, &max_tool_output_length, 100000, 100, 100000000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.operation_timeout",
+							"Longest time that a long operation, an approval or the application's output is waited for.",
+							NULL, &operation_timeout, 600000, 1, INT_MAX,
+							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+}
+
+/* ---------- parameters ---------- */
+
+typedef struct ArrayKind
+{
+	Oid			type;
+	int			len;
+	bool		byval;
+	char		align;
+} ArrayKind;
+
+static const ArrayKind int8_kind = {INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
+static const ArrayKind int4_kind = {INT4OID, 4, true, TYPALIGN_INT};
+static const ArrayKind bool_kind = {BOOLOID, 1, true, TYPALIGN_CHAR};
+static const ArrayKind uuid_kind = {UUIDOID, UUID_LEN, false, TYPALIGN_CHAR};
+static const ArrayKind text_kind = {TEXTOID, -1, false, TYPALIGN_INT};
+static const ArrayKind time_kind = {TIMESTAMPTZOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
+
+/* Builds an array parameter; a text that is a null pointer becomes NULL. */
+static Datum
+make_array(const ArrayKind *kind, Datum *values, int n)
+{
+	bool	   *nulls = palloc0(sizeof(bool) * Max(n, 1));
+	int			lower = 1;
+
+	for (int i = 0; kind == &text_kind && i < n; i++)
+		nulls[i] = values[i] == (Datum) 0;
+	return PointerGetDatum(construct_md_array(values, nulls, 1, &n, &lower,
+											  kind->type, kind->len,
+											  kind->byval, kind->align));
+}
+
+/* Returns a text datum, (Datum) 0 for NULL. */
+static Datum
+text_or_null(const char *text)
+{
+	return text ? CStringGetTextDatum(text) : (Datum) 0;
+}
+
+/* Fills params[at] from one expression over item i. */
+#define COLUMN(kind, expression) \
+	do { \
+		for (int i = 0; i < n; i++) \
+			values[i] = (expression); \
+		params[at++] = make_array(kind, values, n); \
+	} while (0)
+
+/* ---------- the end of a step that asked for tools ---------- */
+
+/* Stores the steps. */
+void
+chat_turn_park(int64 holder, ChatEnd **all, int nall)
+{
+	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
+	int			n = chat_queue_lock(all, nall, ends);
+	Datum	   *values = palloc(sizeof(Datum) * nall);
+	Datum		params[17];
+	int			at = 0;
+
+	if (n == 0)
+		return;
+	params[at++] = Int64GetDatum(holder);
+	params[at++] = ObjectIdGetDatum(MyDatabaseId);
+	params[at++] = Int32GetDatum(max_tool_calls);
+	params[at++] = Int32GetDatum(operation_timeout);
+	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->id));
+	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->epoch));
+	COLUMN(&uuid_kind, UUIDPGetDatum(&ends[i]->job->session));
+	COLUMN(&uuid_kind, UUIDPGetDatum(&ends[i]->job->task));
+	COLUMN(&uuid_kind, UUIDPGetDatum(&ends[i]->job->answer));
+	COLUMN(&text_kind, text_or_null(ends[i]->content));
+	COLUMN(&text_kind, text_or_null(ends[i]->refusal));
+	COLUMN(&text_kind, text_or_null(ends[i]->tool_calls));
+	COLUMN(&text_kind, text_or_null(ends[i]->metadata));
+	COLUMN(&int8_kind, Int64GetDatum(ends[i]->prompt_tokens));
+	COLUMN(&int8_kind, Int64GetDatum(ends[i]->completion_tokens));
+	COLUMN(&text_kind, text_or_null(ends[i]->usage));
+	COLUMN(&text_kind, text_or_null(ends[i]->calls));
+	chat_db_exec(&park_tasks, params, NULL);
+	chat_queue_mark(ends, n);
+}
+
+/* Parks the jobs. */
+void
+chat_turn_seal(int64 holder, ChatEnd **ends, const int64 *seqs, int n)
+{
+	Datum	   *values = palloc(sizeof(Datum) * n);
+	Datum		params[4];
+	int			at = 0;
+
+	params[at++] = Int64GetDatum(holder);
+	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->id));
+	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->epoch));
+	COLUMN(&int8_kind, Int64GetDatum(seqs[i]));
+	chat_db_exec(&seal_jobs, params, NULL);
+}
+
+/* Makes the parked job of a task due. */
+bool
+chat_turn_ring(const pg_uuid_t *session, const pg_uuid_t *task)
+{
+	Datum		values[2] = {UUIDPGetDatum(session), UUIDPGetDatum(task)};
+
+	return chat_db_exec(&ring_job, values, NULL) > 0;
+}
+
+/* ---------- events of a turn ---------- */
+
+/* Appends ,"name":"text". */
+static void
+append_text(StringInfo json, const char *name, const char *text)
+{
+	size_t		len = strlen(text);
+
+	appendStringInfo(json, ",\"%s\":\"", name);
+	enlargeStringInfo(json, (int) chat_json_escape(text, len, NULL) + 1);
+	json->len += (int) chat_json_escape(text, len, json->data + json->len);
+	appendStringInfoChar(json, '"');
+}
+
+/* Starts an event of a call. */
+static void
+begin_event(StringInfo json, const char *type, const Call *c)
+{
+	initStringInfo(json);
+	appendStringInfo(json, "{\"type\":\"%s\"", type);
+	append_text(json, "toolCallId", c->call_id);
+}
+
+/* Adds a finished event to the turn's log. */
+static void
+add_event(Turn *t, StringInfo json)
+{
+	appendStringInfoChar(json, '}');
+	chat_event_add(&t->log, CurrentMemoryContext, json->data);
+	pfree(json->data);
+}
+
+/* Returns a uuid in its text form. */
+static char *
+uuid_text(const pg_uuid_t *id)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
+}
+
+/* Returns a text as JSON: itself when it is JSON, else a string. */
+static char *
+as_json(const char *text)
+{
+	StringInfoData json;
+	Jsonb	   *value = chat_db_parse_json(text);
+
+	if (value)
+		return JsonbToCString(NULL, &value->root, VARSIZE(value));
+	initStringInfo(&json);
+	append_text(&json, "", text);
+	return json.data + strlen(",\"\":");
+}
+
+/* Tells listeners a call's input again, when a new run begins. */
+static void
+log_input(Turn *t, const Call *c)
+{
+	StringInfoData json;
+
+	begin_event(&json, "tool-input-available", c);
+	append_text(&json, "toolName", c->name);
+	appendStringInfo(&json, ",\"input\":%s", c->input);
+	add_event(t, &json);
+}
+
+/* Tells listeners how a call ended. */
+static void
+log_result(Turn *t, const Call *c, const char *status, const char *content)
+{
+	StringInfoData json;
+
+	if (strcmp(status, "completed") == 0)
+	{
+		begin_event(&json, "tool-output-available", c);
+		appendStringInfo(&json, ",\"output\":%s", as_json(content));
+	}
+	else if (strcmp(status, "denied") == 0)
+		begin_event(&json, "tool-output-denied", c);
+	else if (strcmp(c->kind, "none") == 0)
+	{
+		begin_event(&json, "tool-input-error", c);
+		append_text(&json, "toolName", c->name);
+		appendStringInfo(&json, ",\"input\":%s", as_json(c->arguments));
+		append_text(&json, "errorText", content);
+	}
+	else
+	{
+		begin_event(&json, "tool-output-error", c);
+		append_text(&json, "errorText", content);
+	}
+	add_event(t, &json);
+}
+
+/* Tells listeners that an operation goes on. */
+static void
+log_started(Turn *t, const Call *c)
+{
+	StringInfoData json;
+
+	begin_event(&json, "tool-output-available", c);
+	appendStringInfo(&json, ",\"preliminary\":true,\"output\":{\"type\":\"operation_started\",\"operation_id\":\"%s\"",
+					 uuid_text(&c->operation));
+	append_text(&json, "tool_name", c->name);
+	appendStringInfoChar(&json, '}');
+	add_event(t, &json);
+}
+
+/* Asks listeners for an approval. */
+static void
+log_request(Turn *t, const Call *c)
+{
+	StringInfoData json;
+
+	begin_event(&json, "tool-approval-request", c);
+	append_text(&json, "approvalId", uuid_text(&c->operation));
+	add_event(t, &json);
+}
+
+/* ---------- what a turn does to a call ---------- */
+
+/* Returns a result as the model is shown it: what is too long is cut. */
+static char *
+shown_result(const char *result, int length)
+{
+	int			bytes;
+
+	if (length <= max_tool_output_length)
+		return pstrdup(result);
+	bytes = pg_mbcharcliplen(result, (int) strlen(result),
+							 max_tool_output_length);
+	return psprintf("%.*s\n[cut: %d of %d characters are shown]", bytes,
+					result, max_tool_output_length, length);
+}
+
+/* Builds the error that a call without a result gets. */
+static char *
+error_result(const Call *c, const char *what, const char *code)
+{
+	StringInfoData json;
+	char	   *message = psprintf("Tool %s failed: %s", c->name, what);
+
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"type\":\"error\"");
+	append_text(&json, "message", message);
+	append_text(&json, "code", code);
+	appendStringInfoChar(&json, '}');
+	return json.data;
+}
+
+/* Ends a call here and now. */
+static void
+end_call(Call *c, const char *status, const char *what, const char *code)
+{
+	c->new_status = status;
+	c->status = pstrdup(status);
+	c->result = error_result(c, what, code);
+	c->result_length = pg_mbstrlen(c->result);
+}
+
+/* True if a status is an end. */
+static bool
+is_end(const char *status)
+{
+	return strcmp(status, "completed") == 0 || strcmp(status, "failed") == 0 ||
+		strcmp(status, "denied") == 0 || strcmp(status, "cancelled") == 0;
+}
+
+/* Gives the result of a call that has ended to listeners and the model. */
+static void
+deliver(Turn *t, Call *c)
+{
+	c->content = shown_result(c->result, c->result_length);
+	log_result(t, c, c->status, c->content);
+	c->delivered = true;
+	c->changed = true;
+}
+
+/* Tells that a call waits for its end. */
+static void
+announce(Turn *t, Call *c)
+{
+	StringInfoData json;
+
+	c->announced = true;
+	c->changed = true;
+	if (strcmp(c->status, "approval") == 0)
+	{
+		log_request(t, c);
+		/* once allowed, the operation is announced like any other */
+		c->announced = !c->long_running;
+		return;
+	}
+	if (strcmp(c->kind, "client") == 0)
+		return;
+	log_started(t, c);
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"type\":\"operation_pending\"");
+	append_text(&json, "operation_id", uuid_text(&c->operation));
+	append_text(&json, "tool_name", c->name);
+	append_text(&json, "message", "The operation goes on; its result will follow.");
+	appendStringInfoChar(&json, '}');
+	c->content = json.data;
+}
+
+/* True if a call leaves the session free while it goes on. */
+static bool
+is_operation(const Call *c)
+{
+	return c->long_running && strcmp(c->kind, "client") != 0 &&
+		strcmp(c->status, "approval") != 0;
+}
+
+/* Looks at one call; false if it goes on. */
+static bool
+look_at_call(Turn *t, Call *c, TimestampTz now)
+{
+	if (c->delivered)
+		return true;
+	if (t->job.cancel && !is_end(c->status))
+		end_call(c, "cancelled", "the task was cancelled", "cancelled");
+	else if (!is_end(c->status) && c->deadline <= now)
+		end_call(c, "failed", "nobody ended it in time", "timeout");
+	if (is_end(c->status))
+	{
+		deliver(t, c);
+		return true;
+	}
+	if (!c->announced &&
+		(is_operation(c) || strcmp(c->status, "approval") == 0))
+		announce(t, c);
+	return false;
+}
+
+/* ---------- what a turn does to its task ---------- */
+
+/* Ends the task of a turn. */
+static void
+end_task(Turn *t, ChatEndKind kind, const char *error, const char *event)
+{
+	t->end = palloc0(sizeof(ChatEnd));
+	t->end->job = &t->job;
+	t->end->kind = kind;
+	t->end->error = error;
+	t->end->metadata = "{}";
+	if (event)
+		chat_event_add(&t->log, CurrentMemoryContext, event);
+}
+
+/* Ends a task that has made all the steps it may. */
+static void
+end_by_limit(Turn *t)
+{
+	char	   *text = psprintf("the task has reached chat.max_steps (%d)",
+								max_steps);
+
+	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"finish-step\"}");
+	end_task(t, CHAT_END_FAILED,
+			 psprintf("{\"code\":\"limit_reached\",\"retryable\":false,\"message\":\"%s\"}", text),
+			 psprintf("{\"type\":\"error\",\"errorText\":\"%s\",\"code\":\"limit_reached\"}", text));
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   "{\"type\":\"finish\",\"finishReason\":\"error\"}");
+}
+
+/* Lets the model go on: the last result is there. */
+static void
+next_step(Turn *t)
+{
+	if (t->steps >= max_steps)
+	{
+		end_by_limit(t);
+		return;
+	}
+	if (t->busy)
+	{
+		/* whoever ends the other task makes this one due */
+		t->parked = true;
+		t->run_at = DT_NOEND;
+		t->status = "waiting";
+		t->detached = true;
+		return;
+	}
+	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"finish-step\"}");
+	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"start-step\"}");
+	t->parked = false;
+	t->run_at = DT_NOBEGIN;
+	t->status = "running";
+	t->detached = false;
+}
+
+/* Says how a task waits whose calls have not all ended. */
+static void
+wait_on(Turn *t)
+{
+	bool		all_operations = true;
+	bool		all_wait = true;
+
+	t->parked = true;
+	t->run_at = DT_NOEND;
+	for (int i = 0; i < t->ncalls; i++)
+	{
+		const Call *c = &t->calls[i];
+
+		if (c->delivered)
+			continue;
+		all_operations &= is_operation(c);
+		all_wait &= is_operation(c) || strcmp(c->kind, "client") == 0 ||
+			strcmp(c->status, "approval") == 0;
+		t->run_at = Min(t->run_at, c->deadline);
+	}
+	t->status = all_wait ? "waiting" : "running";
+	/* what left the session never takes it back before it goes on */
+	t->detached = all_operations || t->detached;
+	if (t->detached)
+		t->status = "waiting";
+}
+
+/* Gives one task its turn. */
+static void
+take_turn(Turn *t, TimestampTz now)
+{
+	bool		open = false;
+
+	if (t->new_run)
+	{
+		chat_event_add(&t->log, CurrentMemoryContext,
+					   "{\"type\":\"reset-step\"}");
+		for (int i = 0; i < t->ncalls; i++)
+		{
+			log_input(t, &t->calls[i]);
+			if (t->calls[i].delivered)
+				log_result(t, &t->calls[i], t->calls[i].status,
+						   shown_result(t->calls[i].result,
+										t->calls[i].result_length));
+		}
+	}
+	for (int i = 0; i < t->ncalls; i++)
+		open |= !look_at_call(t, &t->calls[i], now);
+	if (t->job.cancel)
+		end_task(t, CHAT_END_CANCELLED,
+				 "{\"code\":\"cancelled\",\"message\":\"the task was cancelled\",\"retryable\":false}",
+				 "{\"type\":\"abort\"}");
+	else if (open)
+		wait_on(t);
+	else
+		next_step(t);
+}
+
+/* ---------- the transaction ---------- */
+
+/* Reads the row of a parked job. */
+static void
+read_turn(Turn *t, uint64 row)
+{
+	int64		run = chat_db_int32(row, 9, 0);
+
+	memset(t, 0, sizeof(*t));
+	t->job.id = chat_db_int64(row, 1, 0);
+	t->job.epoch = chat_db_int64(row, 2, 0);
+	t->job.session = chat_db_uuid(row, 3);
+	t->job.task = chat_db_uuid(row, 4);
+	t->job.owner = chat_db_oid(row, 5);
+	t->job.cancel = chat_db_bool(row, 6);
+	t->job.channel = chat_db_text(row, 8);
+	t->new_run = chat_db_bool(row, 10);
+	t->seq = t->new_run ? run << CHAT_EVENT_RUN_SHIFT
+		: chat_db_int64(row, 7, 0);
+	t->steps = chat_db_int32(row, 12, 0);
+	t->detached = chat_db_bool(row, 13);
+	t->busy = chat_db_bool(row, 15);
+	t->target.task = t->job.task;
+	strlcpy(t->target.task_text, uuid_text(&t->job.task),
+			sizeof(t->target.task_text));
+	t->target.slot = DatumGetInt16(chat_db_datum(row, 11, &(bool) {false}));
+	t->target.channel = t->job.channel;
+}
+
+/* Reads a call's row. */
+static void
+read_call(Call *c, uint64 row)
+{
+	bool		isnull;
+	Datum		deadline = chat_db_datum(row, 12, &isnull);
+
+	memset(c, 0, sizeof(*c));
+	c->operation = chat_db_uuid(row, 2);
+	c->call_id = chat_db_text(row, 3);
+	c->name = chat_db_text(row, 4);
+	c->kind = chat_db_text(row, 5);
+	c->status = chat_db_text(row, 6);
+	c->result = chat_db_text(row, 7);
+	c->long_running = chat_db_bool(row, 8);
+	c->announced = chat_db_bool(row, 9);
+	c->delivered = chat_db_bool(row, 10);
+	c->deadline = isnull ? DT_NOEND : DatumGetTimestampTz(deadline);
+	c->input = chat_db_text(row, 13);
+	c->arguments = chat_db_text(row, 14);
+	c->result_length = chat_db_int32(row, 15, 0);
+}
+
+/* Reads the calls of the turns' steps. */
+static void
+load(Turn *turns, int n)
+{
+	Datum	   *values = palloc(sizeof(Datum) * n);
+	Datum		params[2];
+	int			at = 0;
+	uint64		rows;
+
+	COLUMN(&uuid_kind, UUIDPGetDatum(&turns[i].job.task));
+	COLUMN(&int4_kind, Int32GetDatum(turns[i].steps));
+	rows = chat_db_exec(&load_calls, params, NULL);
+	for (uint64 row = 0; row < rows; row++)
+	{
+		Turn	   *t = &turns[chat_db_int32(row, 1, 0) - 1];
+
+		if (t->calls == NULL)
+			t->calls = palloc(sizeof(Call) * (rows - row));
+		read_call(&t->calls[t->ncalls++], row);
+	}
+}
+
+/* Writes what the turns did to their calls. */
+static void
+write_calls(Turn *turns, int nturns)
+{
+	Call	  **calls;
+	Datum	   *values;
+	Datum		params[6];
+	int			at = 0;
+	int			n = 0;
+
+	for (int t = 0; t < nturns; t++)
+		n += turns[t].ncalls;
+	calls = palloc(sizeof(Call *) * Max(n, 1));
+	values = palloc(sizeof(Datum) * Max(n, 1));
+	n = 0;
+	for (int t = 0; t < nturns; t++)
+		for (int c = 0; c < turns[t].ncalls; c++)
+			if (turns[t].calls[c].changed)
+				calls[n++] = &turns[t].calls[c];
+	if (n == 0)
+		return;
+	COLUMN(&uuid_kind, UUIDPGetDatum(&calls[i]->operation));
+	COLUMN(&text_kind, text_or_null(calls[i]->new_status));
+	COLUMN(&text_kind, text_or_null(calls[i]->new_status
+									? calls[i]->result : NULL));
+	COLUMN(&bool_kind, BoolGetDatum(calls[i]->announced));
+	COLUMN(&bool_kind, BoolGetDatum(calls[i]->delivered));
+	COLUMN(&text_kind, text_or_null(calls[i]->content));
+	chat_db_exec(&update_calls, params, NULL);
+}
+
+/* Writes how the tasks go on. */
+static void
+write_jobs(int64 holder, Turn **turns, int n)
+{
+	Datum	   *values = palloc(sizeof(Datum) * Max(n, 1));
+	Datum		params[9];
+	int			at = 0;
+
+	if (n == 0)
+		return;
+	params[at++] = Int64GetDatum(holder);
+	params[at++] = ObjectIdGetDatum(MyDatabaseId);
+	COLUMN(&int8_kind, Int64GetDatum(turns[i]->job.id));
+	COLUMN(&int8_kind, Int64GetDatum(turns[i]->job.epoch));
+	COLUMN(&bool_kind, BoolGetDatum(turns[i]->parked));
+	COLUMN(&time_kind, TimestampTzGetDatum(turns[i]->run_at));
+	COLUMN(&int8_kind, Int64GetDatum(turns[i]->seq));
+	COLUMN(&text_kind, text_or_null(turns[i]->status));
+	COLUMN(&bool_kind, BoolGetDatum(turns[i]->detached));
+	chat_db_exec(&leave_turns, params, NULL);
+}
+
+/* Ends the tasks that end here, and sends the others on. */
+static void
+write_turns(int64 holder, Turn *turns, int n, ChatEventBatch *batch)
+{
+	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * n);
+	Turn	  **going = palloc(sizeof(Turn *) * n);
+	int			nends = 0;
+	int			ngoing = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		turns[i].seq = chat_event_collect(batch, &turns[i].target,
+										  turns[i].seq, &turns[i].log);
+		if (turns[i].end)
+			ends[nends++] = turns[i].end;
+		else
+			going[ngoing++] = &turns[i];
+	}
+	if (nends > 0)
+		chat_queue_finish(holder, ends, nends);
+	write_jobs(holder, going, ngoing);
+}
+
+/* Gives the due parked tasks their turn. */
+int
+chat_turn_run(int64 holder, ChatEventBatch *batch, pg_uuid_t **tasks)
+{
+	Datum		values[4];
+	TimestampTz now = GetCurrentTimestamp();
+	Turn	   *turns;
+	int			n;
+
+	values[0] = Int64GetDatum(holder);
+	values[1] = ObjectIdGetDatum(MyDatabaseId);
+	values[2] = Int32GetDatum(MAX_TURNS);
+	values[3] = Int32GetDatum(chat_queue_first_run());
+	n = (int) chat_db_exec(&pick_turns, values, NULL);
+	if (n == 0)
+		return 0;
+	turns = palloc(sizeof(Turn) * n);
+	*tasks = palloc(sizeof(pg_uuid_t) * n);
+	for (int i = 0; i < n; i++)
+	{
+		read_turn(&turns[i], i);
+		(*tasks)[i] = turns[i].job.task;
+	}
+	load(turns, n);
+	for (int i = 0; i < n; i++)
+		take_turn(&turns[i], now);
+	write_calls(turns, n);
+	write_turns(holder, turns, n, batch);
+	return n;
+}
+
+/* Notifies a heartbeat for each task whose tools run. */
+void
+chat_turn_heartbeat(void)
+{
+	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
+	uint64		n = chat_db_exec(&parked_tasks, values, NULL);
+
+	for (uint64 row = 0; row < n; row++)
+	{
+		pg_uuid_t	task = chat_db_uuid(row, 2);
+
+		chat_event_heartbeat(chat_db_text(row, 1), uuid_text(&task));
+	}
+}
+
+/* Setting chat.operation_timeout, in ms. */
+int
+chat_turn_operation_timeout(void)
+{
+	return operation_timeout;
+}
+
+/* Tells listeners how far an operation is. */
+bool
+chat_turn_progress(const pg_uuid_t *operation, const char *report,
+				   ChatEventBatch *batch, pg_uuid_t *task)
+{
+	Datum		values[2] = {UUIDPGetDatum(operation),
+	Int32GetDatum(chat_queue_first_run())};
+	Turn		t = {0};
+	Call		c = {0};
+	StringInfoData json;
+
+	if (chat_db_exec(&next_seq, values, NULL) == 0)
+		return false;
+	*task = t.target.task = chat_db_uuid(0, 2);
+	strlcpy(t.target.task_text, uuid_text(task), sizeof(t.target.task_text));
+	t.target.slot = DatumGetInt16(chat_db_datum(0, 3, &(bool) {false}));
+	t.target.channel = chat_db_text(0, 4);
+	c.call_id = chat_db_text(0, 5);
+	begin_event(&json, "tool-output-available", &c);
+	appendStringInfo(&json, ",\"preliminary\":true,\"output\":%s",
+					 as_json(report));
+	add_event(&t, &json);
+	(void) chat_event_collect(batch, &t.target,
+							  chat_db_int64(0, 1, 0) - 1, &t.log);
+	return true;
+}
