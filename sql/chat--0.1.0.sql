@@ -629,6 +629,24 @@ END;
 COMMENT ON FUNCTION chat.get_active_task(uuid) IS
 'the task that runs in a session, else the next one, or NULL';
 
+CREATE FUNCTION chat.current_tool_call(
+	OUT session_id uuid,
+	OUT user_id text,
+	OUT task_id uuid,
+	OUT tool_call_id text,
+	OUT operation_id uuid,
+	OUT name text)
+LANGUAGE c STABLE PARALLEL RESTRICTED
+AS 'MODULE_PATHNAME', 'chat_current_tool_call';
+COMMENT ON FUNCTION chat.current_tool_call() IS
+'inside a SQL tool: what the call is about; NULLs elsewhere';
+
+CREATE FUNCTION chat.report_progress(progress jsonb) RETURNS boolean
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_report_progress';
+COMMENT ON FUNCTION chat.report_progress(jsonb) IS
+'inside a SQL tool: shows listeners at once how far it is; false elsewhere';
+
 CREATE FUNCTION chat.worker_status(
 	OUT pid integer,
 	OUT state text,

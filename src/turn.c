@@ -531,6 +531,20 @@ log_input(Turn *t, const Call *c)
 	add_event(t, &json);
 }
 
+/* Returns the message of an error result, or the whole of it. */
+static const char *
+error_text(const char *result)
+{
+	Jsonb	   *value = result[0] == '{' ? chat_db_parse_json(result) : NULL;
+	JsonbValue	v;
+
+	if (value && JB_ROOT_IS_OBJECT(value) &&
+		getKeyJsonValueFromContainer(&value->root, "message", 7, &v) &&
+		v.type == jbvString)
+		return pnstrdup(v.val.string.val, v.val.string.len);
+	return result;
+}
+
 /* Tells listeners how a call ended. */
 static void
 log_result(Turn *t, const Call *c, const char *status, const char *content)
@@ -549,12 +563,12 @@ log_result(Turn *t, const Call *c, const char *status, const char *content)
 		begin_event(&json, "tool-input-error", c);
 		append_text(&json, "toolName", c->name);
 		appendStringInfo(&json, ",\"input\":%s", as_json(c->arguments));
-		append_text(&json, "errorText", content);
+		append_text(&json, "errorText", error_text(content));
 	}
 	else
 	{
 		begin_event(&json, "tool-output-error", c);
-		append_text(&json, "errorText", content);
+		append_text(&json, "errorText", error_text(content));
 	}
 	add_event(t, &json);
 }
