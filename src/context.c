@@ -12,6 +12,8 @@
  */
 #include "postgres.h"
 
+#include <math.h>
+
 #include "catalog/pg_type.h"
 #include "lib/stringinfo.h"
 #include "utils/array.h"
@@ -280,9 +282,33 @@ uuid_text(const pg_uuid_t *id)
 	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
 }
 
+/* Sets the time limits that the settings, in seconds, put over a server's. */
+static void
+apply_times(JsonbContainer *settings, ChatServer *server)
+{
+	const struct
+	{
+		const char *name;
+		int		   *value;
+	}			times[] = {
+		{"connect_timeout", &server->connect_timeout},
+		{"first_token_timeout", &server->first_token_timeout},
+		{"idle_timeout", &server->idle_timeout},
+		{"stream_timeout", &server->stream_timeout},
+	};
+
+	for (size_t i = 0; i < lengthof(times); i++)
+	{
+		char	   *seconds = member(settings, times[i].name);
+
+		if (seconds != NULL)
+			*times[i].value = (int) rint(strtod(seconds, NULL) * 1000);
+	}
+}
+
 /* Builds the body of a job's request: session's settings over the server's. */
 char *
-chat_context_request(const ChatJob *job, const ChatServer *server,
+chat_context_request(const ChatJob *job, ChatServer *server,
 					 const ChatContext *context, int *len)
 {
 	JsonbContainer *settings = &parse(job->settings)->root;
@@ -291,6 +317,7 @@ chat_context_request(const ChatJob *job, const ChatServer *server,
 	char	   *session = uuid_text(&job->session);
 	char	   *text;
 
+	apply_times(settings, server);
 	text = member(settings, "model");
 	req.model = str(text ? text : server->model);
 	text = member(settings, "temperature");

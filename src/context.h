@@ -52,8 +52,11 @@ extern void chat_context_load(const ChatJob *jobs, int n,
  */
 extern void chat_context_repair(ChatContext *context);
 
-/* Builds the body of a job's request. */
-extern char *chat_context_request(const ChatJob *job, const ChatServer *server,
+/*
+ * Builds the body of a job's request; sets in *server the time limits that
+ * the session's settings put over it.
+ */
+extern char *chat_context_request(const ChatJob *job, ChatServer *server,
 								  const ChatContext *context, int *len);
 
 #endif							/* CHAT_CONTEXT_H */

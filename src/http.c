@@ -259,9 +259,12 @@ classify(const ChatTransfer *t, CURLcode rc)
 		case CURLE_PARTIAL_FILE:
 		case CURLE_HTTP2:
 		case CURLE_HTTP2_STREAM:
-		case CURLE_SSL_CONNECT_ERROR:
 		case CURLE_OUT_OF_MEMORY:
 			return CHAT_HTTP_BROKEN;
+		case CURLE_SSL_CONNECT_ERROR:
+			/* a handshake that broke off, or a peer that cannot shake hands */
+			return strstr(t->error, "SYSCALL") || strstr(t->error, "reset") ||
+				strstr(t->error, "eof") ? CHAT_HTTP_BROKEN : CHAT_HTTP_FATAL;
 		default:
 			return CHAT_HTTP_FATAL;
 	}

@@ -296,10 +296,19 @@ copy_str(ChatStr text)
 
 /* ---------- tool calls ---------- */
 
-/*
- * Finds the call that a piece belongs to, or makes it.  Without an index: a
- * new id starts a call, anything else goes on with the last one.
- */
+/* True if a piece without an index starts a call: by its id, else its name. */
+static bool
+starts_tool(const ChatStreamTool *last, const ChatToolDelta *d)
+{
+	if (last == NULL)
+		return true;
+	if (d->id.len == 0)
+		return d->name.len > 0 && last->name != NULL;
+	return last->id != NULL && (strlen(last->id) != d->id.len ||
+								memcmp(last->id, d->id.data, d->id.len) != 0);
+}
+
+/* Finds the call that a piece belongs to, or makes it. */
 static ChatStreamTool *
 find_tool(ChatStream *s, const ChatToolDelta *d)
 {
@@ -309,12 +318,8 @@ find_tool(ChatStream *s, const ChatToolDelta *d)
 	if (index < 0)
 	{
 		ChatStreamTool *last = s->ntools ? &s->tools[s->ntools - 1] : NULL;
-		bool		new_call = last == NULL ||
-			(d->id.len > 0 && last->id != NULL &&
-			 (strlen(last->id) != d->id.len ||
-			  memcmp(last->id, d->id.data, d->id.len) != 0));
 
-		if (!new_call)
+		if (!starts_tool(last, d))
 			return last;
 		index = last ? last->index + 1 : 0;
 	}
@@ -469,7 +474,8 @@ take_events(ChatStream *s, MemoryContext brief)
 	if (!s->ended && r != CHAT_SSE_MORE && r != CHAT_SSE_EVENT)
 		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false, t->status,
 						 "an event of the endpoint's stream is too long");
-	if (t->done && !s->ended && !s->said_done &&
+	/* an event that the connection's end has cut off does not count */
+	if (t->done && t->end == CHAT_HTTP_OK && !s->ended && !s->said_done &&
 		chat_sse_finish(&s->sse, &ev) == CHAT_SSE_EVENT)
 		take_payload(s, ev.data, ev.len, brief);
 	t->len = 0;
@@ -486,7 +492,7 @@ sniff(ChatStream *s)
 		if (strchr(" \t\r\n", t->buf[i]) != NULL && t->buf[i] != '\0')
 			continue;
 		s->sniffed = true;
-		s->plain = !t->event_stream && t->buf[i] == '{';
+		s->plain = !t->event_stream && strchr("{[<", t->buf[i]) != NULL;
 	}
 	return !s->sniffed;
 }
@@ -970,7 +976,9 @@ receive(ChatStream *s, MemoryContext brief)
 	}
 	if (t->len > 0 && (s->sniffed || !sniff(s)) && s->plain && t->done)
 	{
-		take_payload(s, t->buf, t->len, brief);
+		/* half a document is none */
+		if (t->end == CHAT_HTTP_OK)
+			take_payload(s, t->buf, t->len, brief);
 		t->len = 0;
 	}
 	else if (t->len > 0 && s->sniffed && !s->plain)
