@@ -28,6 +28,7 @@
 #include "field.h"
 #include "message.h"
 #include "session.h"
+#include "shmem.h"
 
 /* The columns of a session as a document or create_chat_session() gives it. */
 typedef enum DocumentColumn
@@ -573,6 +574,8 @@ chat_session_delete(PG_FUNCTION_ARGS)
 	{
 		chat_db_exec(&delete_events, values, NULL);
 		chat_db_exec(&delete_session, values, NULL);
+		/* whoever waits for one of its tasks waits in vain */
+		chat_shmem_publish_at_commit(NULL);
 	}
 	chat_db_leave(&scope);
 	PG_RETURN_BOOL(found);
