@@ -64,7 +64,8 @@ CHAT_STMT(claim_jobs,
 		  "  run = CASE WHEN o.new_run THEN GREATEST(t.run + 1, $4)"
 		  "   ELSE t.run END"
 		  " FROM old AS o WHERE t.id = o.task_id"
-		  " RETURNING t.id, t.run, t.slot, t.answer_id, t.server, t.options"
+		  " RETURNING t.id, t.run, t.slot, t.answer_id, t.server, t.options,"
+		  "  t.steps"
 		  "), message AS ("
 		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
 		  "  content, task_id, metadata)"
@@ -82,7 +83,7 @@ CHAT_STMT(claim_jobs,
 		  "  j.owner, j.attempts, j.crashes, o.run < 0,"
 		  "  j.cancel, t.run, j.last_seq, t.slot, o.channel::text,"
 		  "  t.server::text, o.user_id, (o.settings || t.options)::text,"
-		  "  o.new_run, p.reset"
+		  "  o.new_run, p.reset, t.steps"
 		  " FROM old AS o JOIN job AS j ON j.id = o.id"
 		  " JOIN task AS t ON t.id = o.task_id"
 		  " JOIN chat.chat_job AS p ON p.id = o.id"
@@ -216,7 +217,7 @@ CHAT_STMT(held_jobs,
 /* $1 holder */
 CHAT_STMT(count_held,
 		  "SELECT count(*), COALESCE(sum(epoch), 0)::bigint"
-		  " FROM chat.chat_job WHERE holder = $1",
+		  " FROM chat.chat_job WHERE holder = $1 AND kind <> 'tool'",
 		  INT8OID);
 
 /* Reads one row of claim_jobs. */
@@ -242,6 +243,7 @@ read_job(ChatJob *job, uint64 row)
 	job->server = chat_db_text(row, 15);
 	job->user_id = chat_db_text(row, 16);
 	job->settings = chat_db_text(row, 17);
+	job->steps = chat_db_int32(row, 20, 0);
 	job->reset = !job->first && (new_run || chat_db_bool(row, 19));
 }
 

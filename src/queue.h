@@ -24,6 +24,7 @@ typedef struct ChatJob
 	Oid			owner;
 	int			attempts;		/* with this one */
 	int			crashes;
+	int			steps;			/* that the task has made */
 	bool		first;			/* the task's first claim ever */
 	bool		reset;			/* listeners saw something that is void now */
 	bool		cancel;

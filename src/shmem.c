@@ -375,6 +375,22 @@ chat_shmem_ring_progress(Oid database)
 	chat_shmem_ring(database, false);
 }
 
+/* Cancels the statement of the tool worker that runs an operation. */
+void
+chat_shmem_cancel_operation(const pg_uuid_t *operation)
+{
+	LWLockAcquire(chat_shared->lock, LW_SHARED);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+
+		if (slot->kind == CHAT_SLOT_TOOL && slot->pid != 0 && slot->running &&
+			memcmp(&slot->operation, operation, UUID_LEN) == 0)
+			kill(slot->pid, SIGINT);
+	}
+	LWLockRelease(chat_shared->lock);
+}
+
 /* Rings when the current transaction has committed. */
 void
 chat_shmem_ring_at_commit(bool recheck)

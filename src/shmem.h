@@ -107,6 +107,7 @@ extern int	chat_shmem_live(Oid database, int64 *identities);
 extern void chat_shmem_changed(Oid database);
 extern void chat_shmem_ring(Oid database, bool recheck);
 extern void chat_shmem_ring_progress(Oid database);
+extern void chat_shmem_cancel_operation(const pg_uuid_t *operation);
 extern void chat_shmem_ring_at_commit(bool recheck);
 extern void chat_shmem_check_at_commit(void);
 extern uint64 chat_shmem_wait_prepare(const pg_uuid_t *task);

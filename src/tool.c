@@ -337,22 +337,6 @@ chat_tool_schedule(void)
 	return later;
 }
 
-/* Cancels the statement of the tool worker that runs an operation. */
-void
-chat_tool_cancel(const pg_uuid_t *operation)
-{
-	LWLockAcquire(chat_shared->lock, LW_SHARED);
-	for (int i = 0; i < chat_shared->nslots; i++)
-	{
-		ChatSlot   *slot = &chat_shared->slots[i];
-
-		if (slot->kind == CHAT_SLOT_TOOL && slot->pid != 0 && slot->running &&
-			memcmp(&slot->operation, operation, UUID_LEN) == 0)
-			kill(slot->pid, SIGINT);
-	}
-	LWLockRelease(chat_shared->lock);
-}
-
 /* Writes what running tools of this database have reported. */
 int
 chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks)

@@ -17,9 +17,6 @@ extern bool chat_tool_schedule(void);
 /* Fails, in the current transaction, the calls that cannot be run. */
 extern void chat_tool_judge(void);
 
-/* Cancels the calls that run although they have ended. */
-extern void chat_tool_cancel(const pg_uuid_t *operation);
-
 /* Writes what running tools have reported; in the current transaction. */
 extern int	chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks);
 

@@ -27,6 +27,7 @@
 #include "db.h"
 #include "json.h"
 #include "queue.h"
+#include "shmem.h"
 #include "turn.h"
 
 /* tasks of one transaction */
@@ -698,10 +699,14 @@ look_at_call(Turn *t, Call *c, TimestampTz now)
 {
 	if (c->delivered)
 		return true;
-	if (t->job.cancel && !is_end(c->status))
-		end_call(c, "cancelled", "the task was cancelled", "cancelled");
-	else if (!is_end(c->status) && c->deadline <= now)
-		end_call(c, "failed", "nobody ended it in time", "timeout");
+	if (!is_end(c->status) && (t->job.cancel || c->deadline <= now))
+	{
+		chat_shmem_cancel_operation(&c->operation);
+		if (t->job.cancel)
+			end_call(c, "cancelled", "the task was cancelled", "cancelled");
+		else
+			end_call(c, "failed", "nobody ended it in time", "timeout");
+	}
 	if (is_end(c->status))
 	{
 		deliver(t, c);
