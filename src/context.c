@@ -39,6 +39,14 @@ CHAT_STMT(load_messages,
 		  " ORDER BY w.n, m.sequence",
 		  UUIDARRAYOID, INT8ARRAYOID);
 
+/* $1 task, $2 step: how its calls ended, the result as the model is shown it */
+CHAT_STMT(last_results,
+		  "SELECT c.operation_id, c.name, c.status, m.content"
+		  " FROM chat.chat_tool_call AS c JOIN chat.chat_message AS m"
+		  "  ON m.session_id = c.session_id AND m.sequence = c.sequence"
+		  " WHERE c.task_id = $1 AND c.step = $2 ORDER BY c.position",
+		  UUIDOID, INT4OID);
+
 /* Declares the settings of contexts. */
 void
 chat_context_init(void)
@@ -259,6 +267,36 @@ chat_context_repair(ChatContext *context)
 		copy_results(&out, m, &context->messages[first], i - first);
 	}
 	*context = out;
+}
+
+/* Tells the model how the calls of a task's last step ended. */
+void
+chat_context_close(const ChatJob *job, ChatContext *context)
+{
+	Datum		params[2] = {UUIDPGetDatum(&job->task),
+	Int32GetDatum(job->steps)};
+	StringInfoData text;
+	ChatMessage *last;
+	uint64		rows;
+
+	if (job->steps == 0 || context->n == 0 ||
+		!has_role(&context->messages[context->n - 1], "assistant"))
+		return;
+	rows = chat_db_exec(&last_results, params, NULL);
+	if (rows == 0)
+		return;
+	initStringInfo(&text);
+	for (uint64 row = 0; row < rows; row++)
+		appendStringInfo(&text, "%sOperation %s (%s) that was started earlier has %s. Its result:\n%s",
+						 row ? "\n\n" : "", chat_db_string(row, 1),
+						 chat_db_text(row, 2), chat_db_text(row, 3),
+						 chat_db_text(row, 4));
+	context->messages = repalloc(context->messages,
+								 sizeof(ChatMessage) * (context->n + 1));
+	last = &context->messages[context->n++];
+	memset(last, 0, sizeof(*last));
+	last->role = str("user");
+	last->content = str(text.data);
 }
 
 /* Merges two JSON objects, the second over the first; either may be NULL. */

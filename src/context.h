@@ -53,6 +53,13 @@ extern void chat_context_load(const ChatJob *jobs, int n,
 extern void chat_context_repair(ChatContext *context);
 
 /*
+ * Sees to it that the request of a task whose tools have run does not end
+ * with an assistant message: when other turns came in between, an item is
+ * added that says which operation has ended with what.
+ */
+extern void chat_context_close(const ChatJob *job, ChatContext *context);
+
+/*
  * Builds the body of a job's request; sets in *server the time limits that
  * the session's settings put over it.
  */

@@ -780,6 +780,7 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts)
 		else
 		{
 			chat_context_repair(&contexts[i]);
+			chat_context_close(&jobs[i], &contexts[i]);
 			prepare(s, &jobs[i], &contexts[i]);
 		}
 	}
