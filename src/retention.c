@@ -207,9 +207,9 @@ void
 chat_retention_work(void *arg)
 {
 	ChatRetired *r = arg;
-	int			slots[CHAT_EVENT_SLOTS];
-	int64		ages[CHAT_EVENT_SLOTS];
-	bool		used[CHAT_EVENT_SLOTS] = {0};
+	int			slots[CHAT_EVENT_SLOTS] = {0};
+	int64		ages[CHAT_EVENT_SLOTS] = {0};
+	bool		used[CHAT_EVENT_SLOTS] = {false};
 	int			n = (int) chat_db_exec(&lock_slots, NULL, NULL);
 	int64		rotation = retention() / ROTATIONS;
 
