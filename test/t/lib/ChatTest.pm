@@ -208,8 +208,8 @@ EOF
 	return map { turn_of($node, $_) } @tasks;
 }
 
-# Waits for a task's end; returns its row with session, task, the message that
-# it wrote (answer, undef if none) and its stored events.
+# Waits for a task's end; returns its row with session, task, its last message
+# (answer, undef if none), all its messages, and its stored events.
 sub turn_of
 {
 	my ($node, $task) = @_;
@@ -219,6 +219,9 @@ sub turn_of
 SELECT (SELECT to_json(m) FROM chat.chat_message AS m
 	WHERE m.session_id = '$row->{session_id}'
 		AND m.id = '$row->{answer_id}') AS answer,
+	(SELECT json_agg(m ORDER BY m.sequence) FROM chat.chat_message AS m
+	WHERE m.session_id = '$row->{session_id}' AND m.task_id = $id)
+		AS messages,
 	(SELECT json_agg(e.payload ORDER BY e.seq) FROM chat.chat_event AS e
 	WHERE e.task_id = $id) AS events
 EOF
