@@ -275,10 +275,12 @@ static Figures figures;
 static void
 print_figures(const Load *load, const char *side)
 {
-	printf("%s %s rate=%.0f turns=%.1f p50=%.2f p99=%.2f cpu=%.3f first=%.2f",
+	printf("%s %s rate=%.0f turns=%.1f p50=%.2f p99=%.2f cpu=%.3f",
 		   load->name, side, figures.rate, figures.turns,
 		   hist_ms(&meter.latency, 50), hist_ms(&meter.latency, 99),
-		   figures.cpu, hist_ms(&figures.first, 50));
+		   figures.cpu);
+	if (figures.first.total > 0)
+		printf(" first=%.2f", hist_ms(&figures.first, 50));
 }
 
 /* Sorts numbers. */
@@ -354,7 +356,7 @@ begin_due(void)
 	int64_t		turn = course.load.tokens * course.load.delay * MS;
 	int64_t		now = now_ns();
 
-	while (course.begun < course.load.streams &&
+	while (course.phase != DRAINING && course.begun < course.load.streams &&
 		   (!course.load.stagger || now - course.began >=
 			turn * course.begun / course.load.streams))
 	{
@@ -444,7 +446,10 @@ course_check(void)
 			course.load.name, course.active, course.load.streams);
 }
 
-/* Works out what the measured time gave. */
+/*
+ * Works out what the measured time gave.  The times to the first token hold
+ * the pause by which load_message() spreads the streams.
+ */
 static void
 course_figures(int64_t cpu_ns)
 {
@@ -1305,14 +1310,17 @@ read_notes(void)
 		take_note(&notes[i]);
 }
 
-/* Drives the load until its measured time is over. */
+/*
+ * Drives the load until its measured time is over and all turns have ended,
+ * so that none is left for the next run.
+ */
 static void
 drive(void)
 {
 	struct epoll_event events[64];
 
 	course_begin();
-	while (course.phase != DRAINING)
+	while (course.phase != DRAINING || course.active > 0)
 	{
 		int			n = epoll_wait(chat_epoll, events, 64, course_sleep());
 
@@ -1368,9 +1376,10 @@ run_chat(const char *conninfo, const char *name, double scale)
 	pthread_join(thread, NULL);
 	tokens = meter.tokens ? (double) meter.tokens : 1;
 	print_figures(&course.load, "chat");
-	printf(" worker=%.3f listener=%.3f wal=%.0f failed=%ld",
+	printf(" worker=%.3f listener=%.3f wal=%.0f failed=%ld lost=%ld",
 		   cpu_spent.worker / 1e3 / tokens, cpu_spent.listener / 1e3 / tokens,
-		   wal_spent / tokens, failures);
+		   wal_spent / tokens, failures,
+		   course.all_turns * course.load.tokens - (long) delivered);
 	/* elsewhere few are open at the end, or the first token is put off */
 	if (course.load.streams >= 1000)
 		printf(" memory=%.1f", (peak_memory - base_memory) / 1024.0 /
@@ -1569,9 +1578,14 @@ print_table(const char *path)
 			printf("%s", lines[i]);
 	print_targets();
 	for (int i = 0; i < NLOADS; i++)
-		if (figure(loads[i].name, "chat", "failed") > 0)
-			printf("MISSED %s: %.0f tasks failed\n", loads[i].name,
-				   figure(loads[i].name, "chat", "failed"));
+	{
+		double		failed = figure(loads[i].name, "chat", "failed");
+		double		lost = figure(loads[i].name, "chat", "lost");
+
+		if (failed > 0 || (failed == 0 && lost != 0))
+			printf("WRONG  %s: %.0f tasks failed, %.0f tokens were lost\n",
+				   loads[i].name, failed, lost);
+	}
 	bare = figure("W1", "bare", "cpu");
 	if (bare > 2 * 7.9)
 	{
