@@ -135,8 +135,8 @@ sub start_turns
 
 	return @{ decode($node->safe_psql($db // 'postgres', <<"EOS")) };
 WITH s AS MATERIALIZED (
-	SELECT c.id, c.channel FROM generate_series(1, $n),
-		LATERAL chat.create_chat_session() AS c),
+	SELECT c.id, c.channel FROM generate_series(1, $n) AS n,
+		LATERAL chat.create_chat_session(title => n::text) AS c),
 t AS MATERIALIZED (
 	SELECT s.*, chat.stream_chat_completion(s.id, $text) AS task FROM s)
 SELECT json_agg(json_build_object('session', id, 'channel', channel,
