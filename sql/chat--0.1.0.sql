@@ -234,12 +234,28 @@ CREATE TABLE chat.chat_event (
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	PRIMARY KEY (slot, task_id, seq)
 ) PARTITION BY LIST (slot);
+-- a payload that can be notified stays in its row, as it is: events are
+-- written often, read once and kept for a short time
+ALTER TABLE chat.chat_event ALTER COLUMN payload SET STORAGE EXTERNAL;
 DO $$
 BEGIN
 	FOR i IN 0 .. 7 LOOP
 		EXECUTE pg_catalog.format('CREATE TABLE chat.chat_event_%s
-			PARTITION OF chat.chat_event FOR VALUES IN (%s)', i, i);
+			PARTITION OF chat.chat_event FOR VALUES IN (%s)
+			WITH (toast_tuple_target = 8160)', i, i);
+		EXECUTE pg_catalog.format('ALTER TABLE chat.chat_event_%s
+			ALTER COLUMN payload SET STORAGE EXTERNAL', i);
 	END LOOP;
+END
+$$;
+-- texts compress several times faster with lz4, where the server has it
+DO $$
+BEGIN
+	ALTER TABLE chat.chat_message ALTER COLUMN content SET COMPRESSION lz4;
+	ALTER TABLE chat.chat_message ALTER COLUMN parts SET COMPRESSION lz4;
+	ALTER TABLE chat.chat_message ALTER COLUMN metadata SET COMPRESSION lz4;
+EXCEPTION WHEN feature_not_supported THEN
+	NULL;
 END
 $$;
 
