@@ -1248,13 +1248,15 @@ static void
 create_sessions(const char *conninfo)
 {
 	PGconn	   *conn = pg_open(conninfo, "bench");
-	char		sql[256];
+	char		sql[512];
 	PGresult   *res;
 
 	snprintf(sql, sizeof(sql), "SELECT (s).id FROM (SELECT "
 			 "chat.create_chat_session(title => 'bench', server => 'fake', "
-			 "channel => '" CHANNEL "') AS s "
+			 "channel => '" CHANNEL "', settings => '%s') AS s "
 			 "FROM generate_series(1, %d) OFFSET 0) AS made",
+			 /* a flood is of streams, not of ever longer histories */
+			 course.load.waves > 0 ? "{\"max_context_messages\": 1}" : "{}",
 			 course.load.streams);
 	res = PQexec(conn, sql);
 	if (PQresultStatus(res) != PGRES_TUPLES_OK)
