@@ -14,6 +14,7 @@
 
 #include <math.h>
 
+#include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "lib/stringinfo.h"
 #include "utils/array.h"
@@ -57,36 +58,43 @@ chat_context_init(void)
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 }
 
-/* Returns a column of type text as a piece of text; absent when NULL. */
+/* Returns a text datum as a piece of text, where it lies; absent when NULL. */
 static ChatStr
-column(uint64 row, int number)
+piece(Datum value, bool isnull)
 {
 	ChatStr		str = {NULL, 0};
-	char	   *text = chat_db_text(row, number);
 
-	if (text != NULL)
+	if (!isnull)
 	{
-		str.data = text;
-		str.len = strlen(text);
+		text	   *t = DatumGetTextPP(value);
+
+		str.data = VARDATA_ANY(t);
+		str.len = VARSIZE_ANY_EXHDR(t);
 	}
 	return str;
 }
 
-/* Reads one stored message. */
+/* Reads one stored message; its texts live as long as the row. */
 void
 chat_context_row(ChatMessage *message, uint64 row, int first)
 {
-	message->role = column(row, first);
-	message->content = column(row, first + 1);
-	message->name = column(row, first + 2);
-	message->tool_call_id = column(row, first + 3);
-	message->refusal = column(row, first + 4);
-	message->parts = column(row, first + 5);
-	message->tool_calls = column(row, first + 6);
-	message->function_call = column(row, first + 7);
-	message->reasoning_details = column(row, first + 8);
-	message->context = column(row, first + 9);
-	message->interrupted = chat_db_bool(row, first + 10);
+	TupleDesc	desc = SPI_tuptable->tupdesc;
+	Datum	   *values = palloc(sizeof(Datum) * desc->natts);
+	bool	   *nulls = palloc(sizeof(bool) * desc->natts);
+	ChatStr    *const fields[] = {
+		&message->role, &message->content, &message->name,
+		&message->tool_call_id, &message->refusal, &message->parts,
+		&message->tool_calls, &message->function_call,
+		&message->reasoning_details, &message->context
+	};
+
+	/* one pass over the tuple instead of one for each column */
+	heap_deform_tuple(SPI_tuptable->vals[row], desc, values, nulls);
+	for (int i = 0; i < (int) lengthof(fields); i++)
+		*fields[i] = piece(values[first - 1 + i], nulls[first - 1 + i]);
+	message->interrupted = DatumGetBool(values[first + 9]);
+	pfree(values);
+	pfree(nulls);
 }
 
 /* Returns a C string as a piece of text; absent when NULL. */

@@ -25,7 +25,7 @@
 
 /*
  * Reads CHAT_CONTEXT_COLUMNS of a row of the last statement, the first of
- * them at column first.  The texts are palloc'ed.
+ * them at column first.  The texts live as long as the result.
  */
 extern void chat_context_row(ChatMessage *message, uint64 row, int first);
 

@@ -440,17 +440,29 @@ static void
 take_payload(ChatStream *s, const char *data, size_t len, MemoryContext brief)
 {
 	ChatChunk	chunk;
+	ChatStr		text;
 	MemoryContext old;
 	bool		ok;
 
 	if (len == 0)
 		return;
+	if (chat_template_match(&s->template, data, len, &text))
+	{
+		if (s->template.reasoning)
+			take_reasoning(s, text);
+		else
+			take_text(s, text);
+		return;
+	}
 	old = MemoryContextSwitchTo(brief);
 	ok = s->plain ? chat_openai.parse_response(data, len, &chunk)
 		: chat_openai.parse_chunk(data, len, &chunk);
 	MemoryContextSwitchTo(old);
 	if (ok)
+	{
+		chat_template_learn(&s->template, data, len, &chunk);
 		take_chunk(s, &chunk);
+	}
 	else
 		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false,
 						 s->transfer->status,

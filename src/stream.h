@@ -19,6 +19,7 @@
 #include "queue.h"
 #include "server.h"
 #include "sse.h"
+#include "template.h"
 
 /* One tool call of the answer, as far as it has come. */
 typedef struct ChatStreamTool
@@ -60,6 +61,7 @@ typedef struct ChatStream
 	ChatSse		sse;
 	bool		plain;			/* a body, not a stream of events */
 	bool		sniffed;		/* plain is known */
+	ChatTemplate template;		/* of the last chunk that was only text */
 
 	/* the answer */
 	ChatBlock	block;			/* that is open */
