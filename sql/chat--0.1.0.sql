@@ -170,7 +170,7 @@ CREATE TABLE chat.chat_tool (
 	description text,
 	parameters jsonb NOT NULL
 		CHECK (pg_catalog.jsonb_typeof(parameters) = 'object'),
-	timeout interval CHECK (timeout > '0'),
+	timeout interval CHECK (timeout > '0' AND timeout <= '366 days'),
 	long_running boolean NOT NULL DEFAULT false,
 	idempotent boolean NOT NULL DEFAULT false,
 	read_only boolean NOT NULL DEFAULT false,
@@ -214,6 +214,8 @@ CREATE TABLE chat.chat_tool_call (
 	-- listeners know that it waits; listeners and the model know its result
 	announced boolean NOT NULL DEFAULT false,
 	delivered boolean NOT NULL DEFAULT false,
+	-- its end was told by complete_operation or the like
+	reported boolean NOT NULL DEFAULT false,
 	-- what came when all was over
 	late jsonb,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
@@ -225,6 +227,15 @@ CREATE TABLE chat.chat_tool_call (
 	CHECK ((ended_at IS NOT NULL) = (result IS NOT NULL))
 );
 CREATE INDEX chat_tool_call_task_idx ON chat.chat_tool_call (task_id, step);
+
+-- Progress of operations that the next turn of the task tells and deletes.
+CREATE TABLE chat.chat_tool_progress (
+	operation_id uuid NOT NULL
+		REFERENCES chat.chat_tool_call ON DELETE CASCADE,
+	id bigint GENERATED ALWAYS AS IDENTITY,
+	progress jsonb NOT NULL,
+	PRIMARY KEY (operation_id, id)
+);
 
 CREATE TABLE chat.chat_event (
 	slot smallint NOT NULL,
@@ -281,6 +292,7 @@ COMMENT ON TABLE chat.chat_task IS 'turns: from a user''s message to the final a
 COMMENT ON TABLE chat.chat_job IS 'the queue that the workers take their jobs from';
 COMMENT ON TABLE chat.chat_tool IS 'tools that models may call';
 COMMENT ON TABLE chat.chat_tool_call IS 'calls of tools, each with its one result';
+COMMENT ON TABLE chat.chat_tool_progress IS 'progress of operations that was not told yet';
 COMMENT ON TABLE chat.chat_event IS 'event streams of tasks, in the AI SDK''s UI message stream vocabulary';
 COMMENT ON TABLE chat.chat_event_slot IS 'rotation of the partitions of chat_event';
 
@@ -301,6 +313,7 @@ ALTER TABLE chat.chat_tool ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_tool_call ENABLE ROW LEVEL SECURITY;
 -- what has no policy shows nothing, whatever a DBA grants by mistake
 ALTER TABLE chat.chat_event_slot ENABLE ROW LEVEL SECURITY;
+ALTER TABLE chat.chat_tool_progress ENABLE ROW LEVEL SECURITY;
 DO $$
 BEGIN
 	FOR i IN 0 .. 7 LOOP
@@ -594,6 +607,132 @@ COMMENT ON FUNCTION chat.check_installation() IS
 	'lists what chat needs to work, and the line that cures what is wrong';
 
 --
+-- Tools
+--
+-- Servers of wrapper chat_tool are the services that run HTTP tools.
+--
+
+CREATE FUNCTION chat.chat_tool_validator(options text[], catalog oid)
+	RETURNS void
+	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'chat_tool_validator';
+COMMENT ON FUNCTION chat.chat_tool_validator(text[], oid) IS
+	'checks the options of servers and user mappings of wrapper chat_tool';
+CREATE FOREIGN DATA WRAPPER chat_tool VALIDATOR chat.chat_tool_validator;
+COMMENT ON FOREIGN DATA WRAPPER chat_tool IS
+	'services that run HTTP tools';
+
+CREATE FUNCTION chat.register_tool(
+	function text DEFAULT NULL,
+	name text DEFAULT NULL,
+	description text DEFAULT NULL,
+	parameters jsonb DEFAULT NULL,
+	kind text DEFAULT 'sql',
+	server name DEFAULT NULL,
+	path text DEFAULT NULL,
+	timeout interval DEFAULT NULL,
+	long_running boolean DEFAULT false,
+	idempotent boolean DEFAULT false,
+	read_only boolean DEFAULT false,
+	approval text DEFAULT 'auto',
+	enabled boolean DEFAULT true,
+	shared boolean DEFAULT false)
+RETURNS chat.chat_tool
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_register_tool';
+COMMENT ON FUNCTION chat.register_tool IS
+'lets models call a function, an HTTP service or the application; replaces the role''s tool of the same name and returns its row';
+
+CREATE FUNCTION chat.drop_tool(name text, shared boolean DEFAULT false)
+RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_drop_tool';
+COMMENT ON FUNCTION chat.drop_tool(text, boolean) IS
+'drops a tool of the current role, or a shared one; returns whether there was one';
+
+CREATE VIEW chat.tools WITH (security_invoker = true) AS
+	SELECT t.owner, t.name, t.kind, t.function, t.server, t.path,
+		t.description, t.parameters, t.timeout, t.long_running, t.idempotent,
+		t.read_only, t.approval, t.enabled, t.created_at
+	FROM chat.chat_tool AS t;
+COMMENT ON VIEW chat.tools IS 'tools of the roles that the current one belongs to, and those that all share (owner is null)';
+
+--
+-- Operations
+--
+
+CREATE FUNCTION chat.complete_operation(
+	operation_id uuid,
+	result jsonb DEFAULT NULL,
+	success boolean DEFAULT true,
+	error text DEFAULT NULL)
+RETURNS text
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_complete_operation';
+COMMENT ON FUNCTION chat.complete_operation(uuid, jsonb, boolean, text) IS
+'ends an operation with its result or its error; returns completed, duplicate or late';
+
+CREATE FUNCTION chat.operation_progress(operation_id uuid, progress jsonb)
+RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_operation_progress';
+COMMENT ON FUNCTION chat.operation_progress(uuid, jsonb) IS
+'tells listeners how far an operation is; returns whether it goes on';
+
+CREATE FUNCTION chat.submit_tool_output(
+	session_id uuid,
+	tool_call_id text,
+	output jsonb DEFAULT NULL,
+	error text DEFAULT NULL)
+RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_submit_tool_output';
+COMMENT ON FUNCTION chat.submit_tool_output(uuid, text, jsonb, text) IS
+'ends a call of a client tool with its output or its error; returns whether one has waited for it';
+
+CREATE FUNCTION chat.approve_tool_call(session_id uuid, tool_call_id text)
+RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_approve_tool_call';
+COMMENT ON FUNCTION chat.approve_tool_call(uuid, text) IS
+'lets a tool call run that waits for approval; returns whether there was one';
+
+CREATE FUNCTION chat.deny_tool_call(
+	session_id uuid,
+	tool_call_id text,
+	reason text DEFAULT NULL)
+RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_deny_tool_call';
+COMMENT ON FUNCTION chat.deny_tool_call(uuid, text, text) IS
+'denies a tool call that waits for approval, and tells the model; returns whether there was one';
+
+-- The task that has the session decides, then those that wait for it, then
+-- those that have left it free.
+CREATE FUNCTION chat.session_status(session_id uuid) RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT COALESCE(
+		(SELECT CASE WHEN t.status <> 'queued' AND EXISTS (
+				SELECT FROM chat.chat_tool_call AS c
+				WHERE c.task_id = t.id AND c.session_id = s.id
+					AND c.ended_at IS NULL)
+			THEN 'processing_tools' ELSE 'processing_message' END
+		FROM chat.chat_task AS t
+		WHERE t.session_id = s.id
+			AND t.status IN ('queued', 'running', 'waiting')
+		ORDER BY t.status = 'running' DESC, t.detached,
+			t.status = 'waiting' DESC, t.place
+		LIMIT 1),
+		CASE WHEN EXISTS (SELECT FROM chat.chat_task AS t
+				WHERE t.session_id = s.id)
+			THEN 'completed' ELSE 'idle' END)
+	FROM chat.chat_session AS s
+	WHERE s.id = session_status.session_id;
+END;
+COMMENT ON FUNCTION chat.session_status(uuid) IS
+'idle, processing_message, processing_tools or completed; null for an unknown session';
+
+--
 -- Runtime
 --
 
@@ -747,7 +886,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 	WITH administration AS (
 		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
 			'grant_callback', 'reassign_owner', 'add_usage', 'pause', 'resume', 'drain',
-			'chat_llm_validator']::name[] AS names),
+			'chat_llm_validator', 'chat_tool_validator']::name[] AS names),
 	member AS (
 		SELECT d.classid, d.objid
 		FROM pg_depend AS d
@@ -796,6 +935,16 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION chat.revoke_usage(regrole) IS 'takes back what grant_usage() granted';
+
+CREATE FUNCTION chat.grant_callback(role regrole) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+	EXECUTE format('GRANT USAGE ON SCHEMA chat TO %s', role);
+	EXECUTE format('GRANT EXECUTE ON FUNCTION chat.complete_operation, chat.operation_progress TO %s',
+		role);
+END
+$$;
+COMMENT ON FUNCTION chat.grant_callback(regrole) IS 'lets a role end the operations whose ids it was given, and nothing else';
 
 -- Nothing is granted to anybody, also where default privileges say otherwise.
 DO $$

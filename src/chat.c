@@ -17,6 +17,7 @@
 #include "db.h"
 #include "event.h"
 #include "launcher.h"
+#include "registry.h"
 #include "retention.h"
 #include "server.h"
 #include "shmem.h"
@@ -41,6 +42,7 @@ _PG_init(void)
 	chat_retention_init();
 	chat_context_init();
 	chat_stream_init();
+	chat_registry_init();
 	chat_task_init();
 	chat_turn_init();
 	chat_tool_init();

@@ -88,9 +88,14 @@
 #define chat_server_usable(server, role) \
 	(object_aclcheck(ForeignServerRelationId, (server), (role), \
 					 ACL_USAGE) == ACLCHECK_OK)
+#define chat_function_executable(function, role) \
+	(object_aclcheck(ProcedureRelationId, (function), (role), \
+					 ACL_EXECUTE) == ACLCHECK_OK)
 #else
 #define chat_server_usable(server, role) \
 	(pg_foreign_server_aclcheck((server), (role), ACL_USAGE) == ACLCHECK_OK)
+#define chat_function_executable(function, role) \
+	(pg_proc_aclcheck((function), (role), ACL_EXECUTE) == ACLCHECK_OK)
 #endif
 
 #endif							/* !FRONTEND */

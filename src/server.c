@@ -133,51 +133,50 @@ chat_server_init(void)
  * Validator
  */
 
-/* Raises what two options of a server say against each other. */
-static void
-check_server_options(List *list)
+/*
+ * Raises what two options of a server say against each other; the names are
+ * those that the wrapper gives to base_url and extra_headers.
+ */
+void
+chat_server_check_options(const ChatServer *server, const char *url_option,
+						  const char *headers_option)
 {
-	const char *url = chat_option_get(list, "base_url");
-	const char *headers = chat_option_get(list, "extra_headers");
-	const char *auth_header = chat_option_get(list, "auth_header");
-	ChatServer	server = {0};
+	Jsonb	   *object;
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	v;
 
-	chat_option_read(&table, SERVER, list, &server);
-	if (pg_strncasecmp(url, "http://", 7) == 0 && !server.allow_http &&
-		!chat_option_is_loopback(url))
+	if (pg_strncasecmp(server->base_url, "http://", 7) == 0 &&
+		!server->allow_http && !chat_option_is_loopback(server->base_url))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("invalid value for option \"%s\"", "base_url"),
+				 errmsg("invalid value for option \"%s\"", url_option),
 				 errdetail("Without encryption, everybody on the way reads the key and the messages."),
 				 errhint("Use https://, or set the option allow_http for a network that you trust.")));
-	if (headers != NULL && auth_header != NULL)
+	if (server->extra_headers == NULL || server->auth_header == NULL)
+		return;
+	object = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+												CStringGetDatum(server->extra_headers)));
+	it = JsonbIteratorInit(&object->root);
+	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
 	{
-		Jsonb	   *object = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
-																CStringGetDatum(headers)));
-		JsonbIterator *it = JsonbIteratorInit(&object->root);
-		JsonbValue	v;
-		JsonbIteratorToken token;
-
-		while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
-		{
-			if (token == WJB_KEY &&
-				v.val.string.len == (int) strlen(auth_header) &&
-				pg_strncasecmp(v.val.string.val, auth_header,
-							   v.val.string.len) == 0)
-				ereport(ERROR,
-						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-						 errmsg("invalid value for option \"%s\"",
-								"extra_headers"),
-						 errdetail("Header \"%s\" carries the key: the option auth_header says so.",
-								   auth_header),
-						 errhint("A key belongs in a user mapping.")));
-		}
+		if (token == WJB_KEY &&
+			v.val.string.len == (int) strlen(server->auth_header) &&
+			pg_strncasecmp(v.val.string.val, server->auth_header,
+						   v.val.string.len) == 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("invalid value for option \"%s\"",
+							headers_option),
+					 errdetail("Header \"%s\" carries the key: the option auth_header says so.",
+							   server->auth_header),
+					 errhint("A key belongs in a user mapping.")));
 	}
 }
 
 /* Raises when a mapping says more than once where its key is. */
-static void
-check_mapping_options(List *list)
+void
+chat_server_check_mapping(List *list)
 {
 	if (list_length(list) > 1)
 		ereport(ERROR,
@@ -193,11 +192,16 @@ chat_llm_validator(PG_FUNCTION_ARGS)
 	List	   *list = untransformRelOptions(PG_GETARG_DATUM(0));
 	Oid			catalog = PG_GETARG_OID(1);
 
+	ChatServer	server = {0};
+
 	chat_option_validate(&table, catalog, list);
 	if (catalog == SERVER)
-		check_server_options(list);
+	{
+		chat_option_read(&table, SERVER, list, &server);
+		chat_server_check_options(&server, "base_url", "extra_headers");
+	}
 	else if (catalog == MAPPING)
-		check_mapping_options(list);
+		chat_server_check_mapping(list);
 	PG_RETURN_VOID();
 }
 
@@ -207,18 +211,19 @@ chat_llm_validator(PG_FUNCTION_ARGS)
 
 /* Whether a foreign-data wrapper is the one that this extension made. */
 static bool
-is_our_wrapper(Oid fdwid)
+is_our_wrapper(Oid fdwid, const char *wrapper)
 {
 	ForeignDataWrapper *fdw = GetForeignDataWrapper(fdwid);
 
-	return strcmp(fdw->fdwname, WRAPPER) == 0 &&
+	return strcmp(fdw->fdwname, wrapper) == 0 &&
 		getExtensionOfObject(ForeignDataWrapperRelationId, fdwid) ==
 		get_extension_oid("chat", false);
 }
 
-/* Finds the catalog's entry, or NULL; see chat_server_load(). */
-static ForeignServer *
-find_server(const char *name, bool missing_ok)
+/* Finds the catalog's entry of a wrapper's server, see server.h. */
+ForeignServer *
+chat_server_find(const char *name, const char *wrapper, const char *what,
+				 bool missing_ok)
 {
 	ForeignServer *entry = GetForeignServerByName(name, true);
 
@@ -229,18 +234,20 @@ find_server(const char *name, bool missing_ok)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("server \"%s\" does not exist", name),
-				 errhint("Create it with CREATE SERVER ... FOREIGN DATA WRAPPER " WRAPPER ".")));
+				 errhint("Create it with CREATE SERVER ... FOREIGN DATA WRAPPER %s.",
+						 wrapper)));
 	}
-	if (!is_our_wrapper(entry->fdwid))
+	if (!is_our_wrapper(entry->fdwid, wrapper))
 	{
 		if (missing_ok)
 			return NULL;
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("server \"%s\" is not an LLM endpoint", name),
+				 errmsg("server \"%s\" is not %s", name, what),
 				 errdetail("Its foreign-data wrapper is \"%s\".",
 						   GetForeignDataWrapper(entry->fdwid)->fdwname),
-				 errhint("Create a server with CREATE SERVER ... FOREIGN DATA WRAPPER " WRAPPER ".")));
+				 errhint("Create a server with CREATE SERVER ... FOREIGN DATA WRAPPER %s.",
+						 wrapper)));
 	}
 	return entry;
 }
@@ -249,7 +256,8 @@ find_server(const char *name, bool missing_ok)
 ChatServer *
 chat_server_load(const char *name, bool missing_ok)
 {
-	ForeignServer *entry = find_server(name, missing_ok);
+	ForeignServer *entry = chat_server_find(name, WRAPPER, "an LLM endpoint",
+											missing_ok);
 	ChatServer *server;
 
 	if (entry == NULL)
@@ -274,6 +282,20 @@ chat_server_load(const char *name, bool missing_ok)
 	return server;
 }
 
+/* Raises an error unless role has USAGE of the server. */
+void
+chat_server_check_usage(const ChatServer *server, Oid role)
+{
+	if (!chat_server_usable(server->oid, role))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for foreign server %s",
+						server->name),
+				 errhint("The server's owner can run GRANT USAGE ON FOREIGN SERVER %s TO %s.",
+						 quote_identifier(server->name),
+						 quote_identifier(GetUserNameFromId(role, false)))));
+}
+
 /* Raises what stands against role's using the server, see server.h. */
 void
 chat_server_check(const char *name, Oid role, const char *model)
@@ -287,13 +309,7 @@ chat_server_check(const char *name, Oid role, const char *model)
 				 errhint("Create one with CREATE SERVER ... FOREIGN DATA WRAPPER " WRAPPER
 						 ", and name it in the call, in the session or in the setting chat.default_server.")));
 	server = chat_server_load(name, false);
-	if (!chat_server_usable(server->oid, role))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied for foreign server %s", name),
-				 errhint("The server's owner can run GRANT USAGE ON FOREIGN SERVER %s TO %s.",
-						 quote_identifier(name),
-						 quote_identifier(GetUserNameFromId(role, false)))));
+	chat_server_check_usage(server, role);
 	if ((model == NULL || *model == '\0') && server->model == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),

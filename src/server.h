@@ -13,6 +13,9 @@
 
 #include "postgres.h"
 
+#include "foreign/foreign.h"
+#include "nodes/pg_list.h"
+
 /* One endpoint; strings are NULL where the option is not set. */
 typedef struct ChatServer
 {
@@ -90,6 +93,20 @@ extern int	chat_server_headers(const ChatServer *server, const char *key,
 
 /* A copy of text without the key (may be NULL) or anything like one. */
 extern char *chat_server_redact(const char *text, const char *key);
+
+/* What the endpoints of all wrappers share. */
+
+/*
+ * The catalog's entry of a server of the wrapper, what it is ("an LLM
+ * endpoint") being told in errors.  NULL only when missing_ok.
+ */
+extern ForeignServer *chat_server_find(const char *name, const char *wrapper,
+									   const char *what, bool missing_ok);
+extern void chat_server_check_usage(const ChatServer *server, Oid role);
+extern void chat_server_check_options(const ChatServer *server,
+									  const char *url_option,
+									  const char *headers_option);
+extern void chat_server_check_mapping(List *options);
 
 /* Forgets a key (may be NULL) for good. */
 static inline void
