@@ -204,6 +204,7 @@ CHAT_STMT(release_jobs,
 /* $1 database, $2 identities of the living */
 CHAT_STMT(adopt_orphans,
 		  "UPDATE chat.chat_job SET holder = NULL, crashes = crashes + 1,"
+		  " attempts = attempts - 1,"
 		  " rerun = true, reset = true, run_at = '-infinity'"
 		  " WHERE database = $1 AND holder IS NOT NULL"
 		  " AND holder <> ALL ($2)",

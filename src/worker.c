@@ -1306,6 +1306,8 @@ chat_worker_main(Datum slot)
 		WaitEvent	event;
 		int64		now;
 
+		/* a cancel request found no statement to cancel */
+		QueryCancelPending = false;
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload();
