@@ -69,6 +69,8 @@ CREATE TABLE chat.chat_message (
 		CHECK (pg_catalog.jsonb_typeof(function_call) = 'object'),
 	task_id uuid,
 	active boolean NOT NULL DEFAULT true,
+	-- of a superseded one: the sequence of what took its place
+	superseded_by bigint,
 	metadata jsonb NOT NULL DEFAULT '{}'
 		CHECK (pg_catalog.jsonb_typeof(metadata) = 'object'),
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
@@ -101,6 +103,9 @@ CREATE TABLE chat.chat_task (
 	completion_tokens bigint NOT NULL DEFAULT 0
 		CHECK (completion_tokens >= 0),
 	usage jsonb,
+	-- the system prompt that it used; null: the built-in one, or none
+	prompt_name text,
+	prompt_version integer,
 	error jsonb,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	started_at timestamptz,
@@ -287,6 +292,7 @@ COMMENT ON COLUMN chat.chat_session.next_sequence IS 'sequence of the next messa
 COMMENT ON TABLE chat.chat_message IS 'the entries of a conversation, in OpenAI roles';
 COMMENT ON COLUMN chat.chat_message.parts IS 'content in the API''s own parts; goes to the model instead of content';
 COMMENT ON COLUMN chat.chat_message.active IS 'whether it is of the branch that the model and the functions see';
+COMMENT ON COLUMN chat.chat_message.superseded_by IS 'sequence of the first message of the branch that took its place';
 COMMENT ON COLUMN chat.chat_message.metadata IS 'model, finish reason, usage and the like; interrupted: true marks an answer that was cut short';
 COMMENT ON TABLE chat.chat_task IS 'turns: from a user''s message to the final answer';
 COMMENT ON TABLE chat.chat_job IS 'the queue that the workers take their jobs from';
@@ -387,7 +393,10 @@ RETURNS chat.chat_session
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_create';
 COMMENT ON FUNCTION chat.create_chat_session IS 'creates a session and returns its row';
 
-CREATE FUNCTION chat.get_chat_session(session_id uuid, user_id text DEFAULT NULL)
+CREATE FUNCTION chat.get_chat_session(
+	session_id uuid,
+	user_id text DEFAULT NULL,
+	all_branches boolean DEFAULT false)
 RETURNS jsonb
 LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
@@ -426,9 +435,13 @@ BEGIN ATOMIC
 				'function_call', m.function_call,
 				'task_id', m.task_id,
 				'metadata', m.metadata,
-				'created_at', m.created_at) ORDER BY m.sequence)
+				'created_at', m.created_at)
+				|| CASE WHEN all_branches THEN pg_catalog.jsonb_build_object(
+					'active', m.active,
+					'superseded_by', m.superseded_by) ELSE '{}' END
+				ORDER BY m.sequence)
 			FROM chat.chat_message AS m
-			WHERE m.session_id = s.id AND m.active), '[]'),
+			WHERE m.session_id = s.id AND (m.active OR all_branches)), '[]'),
 		'queued', COALESCE((
 			SELECT pg_catalog.jsonb_agg(t.input ORDER BY t.place)
 			FROM chat.chat_task AS t
@@ -444,14 +457,16 @@ COMMENT ON FUNCTION chat.get_chat_session IS 'a session with its messages, as a 
 CREATE FUNCTION chat.get_chat_messages(
 	session_id uuid,
 	before_sequence bigint DEFAULT NULL,
-	max_rows integer DEFAULT NULL)
+	max_rows integer DEFAULT NULL,
+	all_branches boolean DEFAULT false)
 RETURNS SETOF chat.chat_message
 LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
 	SELECT p.*
 	FROM (SELECT m.*
 		FROM chat.chat_message AS m
-		WHERE m.session_id = get_chat_messages.session_id AND m.active
+		WHERE m.session_id = get_chat_messages.session_id
+			AND (m.active OR all_branches)
 			AND m.sequence < COALESCE(before_sequence, 9223372036854775807)
 		ORDER BY m.sequence DESC
 		LIMIT max_rows) AS p
@@ -873,6 +888,224 @@ COMMENT ON FUNCTION chat.sse(uuid, bigint, integer, interval) IS
 'the events of a task after a sequence number as server-sent events in the pure AI SDK protocol, with [DONE] at the end';
 
 --
+-- Prompts
+--
+-- Templates of system prompts.  A version never changes; labels move from
+-- one to another.
+--
+
+CREATE TABLE chat.chat_prompt (
+	-- null: shared, and the administrator's
+	owner regrole,
+	name text NOT NULL CHECK (name <> ''),
+	version integer NOT NULL CHECK (version > 0),
+	labels text[] NOT NULL DEFAULT '{}',
+	template text NOT NULL CHECK (template <> ''),
+	-- those that the template may use beside the built-in ones
+	variables text[] NOT NULL DEFAULT '{}',
+	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	CONSTRAINT chat_prompt_key UNIQUE NULLS NOT DISTINCT (name, owner, version)
+);
+COMMENT ON TABLE chat.chat_prompt IS 'templates of system prompts, in versions that never change';
+COMMENT ON COLUMN chat.chat_prompt.owner IS 'database role that it belongs to; null: shared by all';
+COMMENT ON COLUMN chat.chat_prompt.labels IS 'production marks the version in use, latest the newest; others as you like';
+COMMENT ON COLUMN chat.chat_prompt.variables IS 'declared variables, filled from the members of the session''s metadata';
+ALTER TABLE chat.chat_prompt ENABLE ROW LEVEL SECURITY;
+CREATE POLICY visible ON chat.chat_prompt FOR SELECT USING (
+	owner IS NULL OR pg_catalog.pg_has_role(owner, 'USAGE'));
+
+CREATE FUNCTION chat.set_prompt(
+	name text,
+	template text,
+	labels text[] DEFAULT NULL,
+	variables text[] DEFAULT NULL,
+	shared boolean DEFAULT false,
+	owner regrole DEFAULT NULL)
+RETURNS chat.chat_prompt
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_set_prompt';
+COMMENT ON FUNCTION chat.set_prompt IS 'stores a template as a new version, unless it is the newest already, and moves the labels to it; returns the row';
+
+CREATE FUNCTION chat.label_prompt(
+	name text,
+	version integer,
+	labels text[],
+	shared boolean DEFAULT false,
+	owner regrole DEFAULT NULL)
+RETURNS chat.chat_prompt
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_label_prompt';
+COMMENT ON FUNCTION chat.label_prompt IS 'moves labels to a version of a prompt; returns the row, or null if there is none';
+
+CREATE FUNCTION chat.delete_prompt(
+	name text,
+	shared boolean DEFAULT false,
+	owner regrole DEFAULT NULL)
+RETURNS boolean
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_delete_prompt';
+COMMENT ON FUNCTION chat.delete_prompt IS 'deletes all versions of a prompt; returns whether there were any';
+
+CREATE FUNCTION chat.get_prompt(name text, label text DEFAULT NULL)
+RETURNS chat.chat_prompt
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT p
+	FROM chat.chat_prompt AS p
+	WHERE p.name = get_prompt.name
+		AND (p.owner IS NULL
+			OR p.owner = pg_catalog.quote_ident(CURRENT_USER)::regrole)
+		AND (get_prompt.label IS NULL OR get_prompt.label = ANY (p.labels))
+	ORDER BY p.owner IS NULL, 'production' = ANY (p.labels) DESC, p.version DESC
+	LIMIT 1;
+END;
+COMMENT ON FUNCTION chat.get_prompt IS 'the version of a prompt that has a label, or without one that is in use: the caller''s own, else the shared one';
+
+CREATE FUNCTION chat.build_system_prompt(
+	user_id text,
+	session_id uuid DEFAULT NULL)
+RETURNS text
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'chat_build_system_prompt';
+COMMENT ON FUNCTION chat.build_system_prompt IS 'the system prompt that the next turn would send';
+
+--
+-- User context
+--
+-- What the application knows about its users, for the system prompt.
+--
+
+CREATE TABLE chat.chat_user_context (
+	owner regrole NOT NULL,
+	user_id text NOT NULL CHECK (user_id <> ''),
+	context jsonb NOT NULL
+		CHECK (pg_catalog.jsonb_typeof(context) = 'object'),
+	updated_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	PRIMARY KEY (owner, user_id)
+);
+COMMENT ON TABLE chat.chat_user_context IS 'what is known about users of the application';
+COMMENT ON COLUMN chat.chat_user_context.owner IS 'database role whose sessions use it';
+ALTER TABLE chat.chat_user_context ENABLE ROW LEVEL SECURITY;
+CREATE POLICY visible ON chat.chat_user_context FOR SELECT USING (
+	pg_catalog.pg_has_role(owner, 'USAGE')
+	AND (COALESCE(pg_catalog.current_setting('chat.user_id', true), '') = ''
+		OR user_id = pg_catalog.current_setting('chat.user_id', true)));
+
+CREATE FUNCTION chat.set_user_context(
+	user_id text,
+	context jsonb,
+	merge boolean DEFAULT true,
+	owner regrole DEFAULT NULL)
+RETURNS jsonb
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_set_user_context';
+COMMENT ON FUNCTION chat.set_user_context IS 'stores what is known about a user, into what was known or instead of it; returns what is known then';
+
+CREATE FUNCTION chat.get_user_context(user_id text, owner regrole DEFAULT NULL)
+RETURNS jsonb
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT c.context
+	FROM chat.chat_user_context AS c
+	WHERE c.user_id = get_user_context.user_id
+		AND c.owner = COALESCE(get_user_context.owner,
+			pg_catalog.quote_ident(CURRENT_USER)::regrole);
+END;
+COMMENT ON FUNCTION chat.get_user_context IS 'what is known about a user, or null';
+
+CREATE FUNCTION chat.delete_user_context(user_id text, owner regrole DEFAULT NULL)
+RETURNS boolean
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_delete_user_context';
+COMMENT ON FUNCTION chat.delete_user_context IS 'forgets what is known about a user; returns whether anything was';
+
+CREATE FUNCTION chat.format_user_context(context jsonb)
+RETURNS text
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'chat_format_user_context';
+COMMENT ON FUNCTION chat.format_user_context IS 'a user''s context as readable text, lists as bullets, members in the order of their names';
+
+--
+-- Branches
+--
+-- Messages that are replaced stay, marked with the sequence of what took
+-- their place: a branch can be told, read and forked as it was.
+--
+
+CREATE FUNCTION chat.regenerate(
+	session_id uuid,
+	sequence bigint DEFAULT NULL,
+	server name DEFAULT NULL,
+	options jsonb DEFAULT NULL)
+RETURNS uuid
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_regenerate';
+COMMENT ON FUNCTION chat.regenerate IS 'answers again: sets the last answer, or the one that a message belongs to, and all that came after it aside and queues another; returns the task';
+
+CREATE FUNCTION chat.edit_message(
+	session_id uuid,
+	sequence bigint,
+	content text,
+	server name DEFAULT NULL,
+	options jsonb DEFAULT NULL)
+RETURNS uuid
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_edit_message';
+COMMENT ON FUNCTION chat.edit_message IS 'sets a user''s message and all that came after it aside, appends it with another content and queues the answer; returns the task';
+
+CREATE FUNCTION chat.fork_chat_session(
+	session_id uuid,
+	up_to_sequence bigint DEFAULT NULL)
+RETURNS chat.chat_session
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_fork_session';
+COMMENT ON FUNCTION chat.fork_chat_session IS 'copies a session, as it was when a message was its newest; returns the row of the copy';
+
+CREATE FUNCTION chat.export_chat_session(session_id uuid)
+RETURNS jsonb
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT (chat.get_chat_session(export_chat_session.session_id, all_branches => true)
+		OPERATOR(pg_catalog.-) '{credentials,channel,usage,queued}'::text[])
+		OPERATOR(pg_catalog.||) '{"format": "chat/1"}';
+END;
+COMMENT ON FUNCTION chat.export_chat_session IS 'a session with all of its branches as a document, without credentials';
+
+CREATE FUNCTION chat.import_chat_session(
+	document jsonb,
+	session_id uuid DEFAULT NULL,
+	owner regrole DEFAULT NULL)
+RETURNS chat.chat_session
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'chat_session_import';
+COMMENT ON FUNCTION chat.import_chat_session IS 'creates a session from its exported document, under its own id or another; returns the row';
+
+CREATE FUNCTION chat.to_ui_messages(session_id uuid)
+RETURNS jsonb
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'chat_to_ui_messages';
+COMMENT ON FUNCTION chat.to_ui_messages IS 'the messages of a session as the AI SDK''s UIMessage array';
+
+-- A C function, because no index serves a full-text search that runs under
+-- row-level security: its operator may not see rows before the policy.
+CREATE FUNCTION chat.search_messages(
+	query text,
+	user_id text DEFAULT NULL,
+	max_rows integer DEFAULT 20,
+	config regconfig DEFAULT 'pg_catalog.simple')
+RETURNS TABLE (session_id uuid, sequence bigint, role text, excerpt text,
+	rank real, created_at timestamptz)
+LANGUAGE c VOLATILE ROWS 20 AS 'MODULE_PATHNAME', 'chat_search_messages';
+COMMENT ON FUNCTION chat.search_messages IS 'finds messages of users and assistants by a web search query, best first';
+
+CREATE FUNCTION chat.create_search_index(config regconfig DEFAULT 'pg_catalog.simple')
+RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+	index_name text := 'chat_message_search_'
+		|| (SELECT c.cfgname FROM pg_ts_config AS c WHERE c.oid = config);
+BEGIN
+	EXECUTE format('CREATE INDEX IF NOT EXISTS %I ON chat.chat_message
+		USING gin (to_tsvector(%L::regconfig, "left"(content, 100000)))
+		WHERE active AND role IN (''user'', ''assistant'')',
+		index_name, config);
+	RETURN index_name;
+END
+$$;
+COMMENT ON FUNCTION chat.create_search_index IS 'creates the index that serves search_messages(); messages cannot be written meanwhile';
+
+--
 -- Access
 --
 -- The last section, because grant_usage() and the REVOKE cover all that
@@ -885,6 +1118,7 @@ CREATE FUNCTION chat.usage_objects() RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 	WITH administration AS (
 		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
+			'create_search_index',
 			'grant_callback', 'reassign_owner', 'add_usage', 'pause', 'resume', 'drain',
 			'chat_llm_validator', 'chat_tool_validator']::name[] AS names),
 	member AS (
@@ -982,6 +1216,8 @@ $$;
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_session', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_message', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_task', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_prompt', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_user_context', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_task_place_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool_id_seq', '');

@@ -17,6 +17,7 @@
 #include "db.h"
 #include "event.h"
 #include "launcher.h"
+#include "prompt.h"
 #include "registry.h"
 #include "retention.h"
 #include "server.h"
@@ -25,6 +26,7 @@
 #include "task.h"
 #include "tool.h"
 #include "turn.h"
+#include "user.h"
 #include "worker.h"
 
 CHAT_MODULE_MAGIC;
@@ -46,6 +48,8 @@ _PG_init(void)
 	chat_task_init();
 	chat_turn_init();
 	chat_tool_init();
+	chat_user_init();
+	chat_prompt_init();
 	chat_worker_init();
 	chat_launcher_init();
 	MarkGUCPrefixReserved("chat");

@@ -106,8 +106,10 @@ static const ChatField fields[] =
 	CHAT_FIELD("created_at", CHAT_FIELD_TIME, CHAT_ENTRY_CREATED_AT),
 	CHAT_FIELD("active", CHAT_FIELD_BOOL, CHAT_ENTRY_ACTIVE),
 	CHAT_FIELD("task_id", CHAT_FIELD_UUID, CHAT_FIELD_NO_COLUMN),
+	CHAT_FIELD_RANGE("superseded_by", CHAT_FIELD_INTEGER,
+					 CHAT_FIELD_NO_COLUMN, 1, CHAT_FIELD_MAX),
 };
-#define DOCUMENT_FIELDS 4
+#define DOCUMENT_FIELDS 5
 
 static const ChatFieldTable batch_table =
 {"key", fields, lengthof(fields) - DOCUMENT_FIELDS, false, true};

@@ -51,6 +51,7 @@ typedef enum DocumentColumn
 	DOC_STORED,					/* those above are parameters, in order */
 	DOC_MESSAGES = DOC_STORED,
 	DOC_USAGE,
+	DOC_FORMAT,
 	DOC_COLUMNS
 } DocumentColumn;
 
@@ -59,6 +60,9 @@ typedef struct Document
 	Datum		values[DOC_COLUMNS];
 	bool		nulls[DOC_COLUMNS];
 } Document;
+
+/* of exported documents */
+#define FORMAT "chat/1"
 
 #define DOC_TYPES \
 	UUIDOID, TEXTOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID, INT8OID, \
@@ -120,6 +124,27 @@ CHAT_STMT(merge_session,
 		  " n.runs, n.schedules, n.prompt_tokens, n.completion_tokens,"
 		  " n.settings, n.metadata, n.server, n.channel))",
 		  DOC_TYPES);
+
+/*
+ * Of a session that was just imported: what its document says and no other
+ * function takes.  $1 session, $2 document
+ */
+CHAT_STMT(restore_messages,
+		  "UPDATE chat.chat_message AS m SET"
+		  " task_id = (e.message ->> 'task_id')::uuid,"
+		  " superseded_by = (e.message ->> 'superseded_by')::bigint"
+		  " FROM jsonb_array_elements($2 -> 'messages') WITH ORDINALITY"
+		  "  AS e (message, n)"
+		  " WHERE m.session_id = $1 AND m.sequence = e.n"
+		  " AND (e.message ->> 'task_id', e.message ->> 'superseded_by')"
+		  "  IS DISTINCT FROM (NULL, NULL)",
+		  UUIDOID, JSONBOID);
+
+CHAT_STMT(restore_session,
+		  "UPDATE chat.chat_session AS s SET updated_at ="
+		  " COALESCE(($2 ->> 'updated_at')::timestamptz, s.updated_at)"
+		  " WHERE s.id = $1 RETURNING s",
+		  UUIDOID, JSONBOID);
 
 CHAT_STMT(document_of,
 		  "SELECT chat.get_chat_session($1)",
@@ -263,6 +288,7 @@ static const ChatField document_fields[] =
 	CHAT_FIELD("created_at", CHAT_FIELD_TIME, DOC_CREATED_AT),
 	CHAT_FIELD("updated_at", CHAT_FIELD_TIME, CHAT_FIELD_NO_COLUMN),
 	CHAT_FIELD("queued", CHAT_FIELD_ARRAY, CHAT_FIELD_NO_COLUMN),
+	CHAT_FIELD("format", CHAT_FIELD_TEXT, DOC_FORMAT),
 };
 static const ChatFieldTable document_table =
 {"key", document_fields, lengthof(document_fields), false, true};
@@ -280,6 +306,7 @@ static const ChatFieldTable usage_table =
 
 PG_FUNCTION_INFO_V1(chat_session_create);
 PG_FUNCTION_INFO_V1(chat_session_upsert);
+PG_FUNCTION_INFO_V1(chat_session_import);
 PG_FUNCTION_INFO_V1(chat_session_update);
 PG_FUNCTION_INFO_V1(chat_session_set_title);
 PG_FUNCTION_INFO_V1(chat_session_assign);
@@ -832,6 +859,13 @@ read_document(Jsonb *json, Document *doc, ChatEntries *entries)
 					doc->nulls);
 	if (!doc->nulls[DOC_SETTINGS])
 		chat_session_check_settings(DatumGetJsonbP(doc->values[DOC_SETTINGS]));
+	if (!doc->nulls[DOC_FORMAT] &&
+		strcmp(TextDatumGetCString(doc->values[DOC_FORMAT]), FORMAT) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("unrecognized format of a document: \"%s\"",
+						TextDatumGetCString(doc->values[DOC_FORMAT])),
+				 errhint("Valid is: %s.", FORMAT)));
 	sum_usage(doc);
 	entries->n = 0;
 	entries->indexed = true;
@@ -926,5 +960,59 @@ chat_session_upsert(PG_FUNCTION_ARGS)
 		merge(&scope, &doc, &entries);
 	}
 	chat_db_exec(&document_of, doc.values, NULL);
+	return leave_with_row(&scope);
+}
+
+/*
+ * Checks that the messages of a document that is imported are whole: their
+ * sequences, which branches refer to, count from 1.
+ */
+static void
+check_sequences(const ChatEntries *entries)
+{
+	for (int i = 0; i < entries->n; i++)
+	{
+		const ChatEntry *entry = &entries->items[i];
+
+		if (!entry->nulls[CHAT_ENTRY_SEQUENCE] &&
+			DatumGetInt64(entry->values[CHAT_ENTRY_SEQUENCE]) != i + 1)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("message at index %d: its sequence is not %d",
+							i, i + 1),
+					 errhint("Import what chat.export_chat_session() returned, or leave the sequences out.")));
+	}
+}
+
+/* import_chat_session: returns the row. */
+Datum
+chat_session_import(PG_FUNCTION_ARGS)
+{
+	ChatScope	scope;
+	Document	doc;
+	ChatEntries entries;
+	Datum		values[2];
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("document must not be null")));
+	read_document(PG_GETARG_JSONB_P(0), &doc, &entries);
+	check_sequences(&entries);
+	if (!PG_ARGISNULL(1))
+		set_column(&doc, DOC_ID, PG_GETARG_DATUM(1));
+	chat_db_enter(&scope);
+	if (!PG_ARGISNULL(2))
+	{
+		check_owner(scope.caller, PG_GETARG_OID(2));
+		set_column(&doc, DOC_OWNER, PG_GETARG_DATUM(2));
+	}
+	if (!create(&scope, &doc, &entries))
+		reject_id(&scope, doc.values[DOC_ID]);
+	values[0] = doc.values[DOC_ID];
+	values[1] = PG_GETARG_DATUM(0);
+	if (entries.n > 0)
+		chat_db_exec(&restore_messages, values, NULL);
+	chat_db_exec(&restore_session, values, NULL);
 	return leave_with_row(&scope);
 }
