@@ -27,6 +27,7 @@
 #include "catalog/pg_extension.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
+#include "commands/extension.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
@@ -59,6 +60,7 @@ typedef struct Database
 {
 	Oid			oid;
 	bool		wanted;			/* start workers there */
+	bool		changed;		/* told of since the last start */
 	int			delay;			/* before the next start, 0 = none */
 	TimestampTz not_before;
 } Database;
@@ -250,7 +252,9 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 	if (rings)
 	{
 		chat_shmem_ring(MyDatabaseId, true);
-		chat_shmem_changed(MyDatabaseId);
+		/* no worker goes where no extension is */
+		if (OidIsValid(get_extension_oid("chat", true)))
+			chat_shmem_changed(MyDatabaseId);
 	}
 	if (new_database)
 	{
@@ -312,6 +316,7 @@ want(Oid oid)
 	Database   *d = find_database(oid);
 
 	d->wanted = true;
+	d->changed = true;
 	d->delay = 0;
 	d->not_before = 0;
 }
@@ -388,7 +393,8 @@ plan_restart(const ChatSlot *slot)
 
 	if (slot->exit == CHAT_EXIT_ABSENT)
 	{
-		d->wanted = false;
+		/* it may have come after the worker looked */
+		d->wanted = d->changed;
 		return;
 	}
 	if (slot->exit == CHAT_EXIT_STOPPED &&
@@ -519,6 +525,7 @@ start_missing(void)
 			sleep = sleep < 0 ? left : Min(sleep, left);
 			continue;
 		}
+		d->changed = false;
 		while (missing > 0 && start_worker(d->oid))
 			missing--;
 		if (missing > 0)
