@@ -54,8 +54,8 @@ sub listen_to_token
 	return;
 }
 
+$fake->get_json('/gate/a?wait=' . @turns);
 my $listener = listener($node, map { $_->{channel} } @turns);
-listen_to_token($listener, 9);
 foreach my $crash (1 .. 3)
 {
 	# further deltas, that only an asynchronous commit has stored
