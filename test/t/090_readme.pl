@@ -352,10 +352,13 @@ sub run_program
 		PGPORT => $node->port,
 		PGUSER => scalar getpwuid $<);
 	my ($out, $err) = ('', '');
+	my $timeout = IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default);
 
-	ok(IPC::Run::run([ @command, $file ], '>', \$out, '2>', \$err),
-		"$command[0] runs the program")
-	  or diag($err);
+	ok( eval {
+			IPC::Run::run([ @command, $file ], '>', \$out, '2>', \$err,
+				$timeout);
+		},
+		"$command[0] runs the program") or diag($@, $err);
 	return $out;
 }
 
