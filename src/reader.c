@@ -53,7 +53,8 @@ PG_FUNCTION_INFO_V1(chat_sse);
 /* $1 task, $2 caller's role, $3 chat.user_id */
 CHAT_STMT(find_task,
 		  "SELECT t.session_id, t.status, t.slot, t.answer_id, t.error::text,"
-		  " COALESCE(t.finished_at, t.created_at), t.finished_at IS NOT NULL"
+		  " COALESCE(t.finished_at, t.created_at), t.finished_at IS NOT NULL,"
+		  " t.started_at IS NOT NULL, t.usage::text"
 		  " FROM chat.chat_task AS t"
 		  " JOIN chat.chat_session AS s ON s.id = t.session_id"
 		  " WHERE t.id = $1 AND pg_catalog.pg_has_role($2, s.owner, 'USAGE')"
@@ -127,7 +128,9 @@ read_task(const ChatScope *scope, const Question *q, Answer *a)
 	a->task.answer = chat_db_uuid(0, 4);
 	a->task.error = chat_db_text(0, 5);
 	a->task.at = DatumGetTimestampTz(chat_db_datum(0, 6, &isnull));
-	a->ended = chat_db_bool(0, 7);
+	a->ended = a->task.ended = chat_db_bool(0, 7);
+	a->task.started = chat_db_bool(0, 8);
+	a->task.usage = chat_db_text(0, 9);
 	return true;
 }
 

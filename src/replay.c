@@ -177,22 +177,33 @@ put_value(Replay *r, const char *name, const char *text)
 	JsonbToCString(&r->json, &value->root, VARSIZE(value));
 }
 
-/* Returns the code if a tool's result is an error document, else NULL. */
+/* Returns a member of an object that is a string, else NULL. */
 static char *
-error_code(const char *content)
+string_member(Jsonb *object, const char *name)
 {
-	Jsonb	   *value = *content == '{' ? chat_db_parse_json(content) : NULL;
 	JsonbValue	v;
 
-	if (value == NULL || !JB_ROOT_IS_OBJECT(value) ||
-		getKeyJsonValueFromContainer(&value->root, "type", 4, &v) == NULL ||
-		v.type != jbvString || v.val.string.len != 5 ||
-		memcmp(v.val.string.val, "error", 5) != 0)
+	if (!JB_ROOT_IS_OBJECT(object) ||
+		getKeyJsonValueFromContainer(&object->root, name, (int) strlen(name),
+									 &v) == NULL || v.type != jbvString)
 		return NULL;
-	if (getKeyJsonValueFromContainer(&value->root, "code", 4, &v) == NULL ||
-		v.type != jbvString)
-		return "";
 	return pnstrdup(v.val.string.val, v.val.string.len);
+}
+
+/* Reads a tool's result that is an error document; false if it is none. */
+static bool
+read_error(const char *content, char **code, char **message)
+{
+	Jsonb	   *value = *content == '{' ? chat_db_parse_json(content) : NULL;
+	char	   *type = value ? string_member(value, "type") : NULL;
+
+	if (type == NULL || strcmp(type, "error") != 0)
+		return false;
+	*code = string_member(value, "code");
+	*message = string_member(value, "message");
+	if (*code == NULL)
+		*code = "";
+	return true;
 }
 
 /* Adds how a tool call ended. */
@@ -201,12 +212,13 @@ add_result(Replay *r, const Message *m, const char *id, const char *name,
 		   const char *arguments)
 {
 	const char *content = m->content ? m->content : "";
-	char	   *code = error_code(content);
+	char	   *code = NULL;
+	char	   *message = NULL;
 
 	if (m->pending && *content == '\0')
 		return;
 	r->at = m->at;
-	if (code == NULL)
+	if (!read_error(content, &code, &message))
 	{
 		begin(r, "tool-output-available");
 		put_text(r, "toolCallId", id);
@@ -223,13 +235,13 @@ add_result(Replay *r, const Message *m, const char *id, const char *name,
 		put_text(r, "toolCallId", id);
 		put_text(r, "toolName", name);
 		put_value(r, "input", arguments);
-		put_text(r, "errorText", content);
+		put_text(r, "errorText", message ? message : content);
 	}
 	else
 	{
 		begin(r, "tool-output-error");
 		put_text(r, "toolCallId", id);
-		put_text(r, "errorText", content);
+		put_text(r, "errorText", message ? message : content);
 	}
 	finish(r);
 }
@@ -333,12 +345,17 @@ add_step(Replay *r, const Message *m, int nresults)
 static void
 add_metadata(Replay *r, const Message *m)
 {
-	if (m == NULL || m->usage == NULL)
+	const char *usage = m ? m->usage : r->task->usage;
+
+	if (usage == NULL)
 		return;
 	begin(r, "message-metadata");
-	appendStringInfo(&r->json, ",\"messageMetadata\":{\"usage\":%s", m->usage);
-	put_text(r, "model", m->model);
-	put_text(r, "finishReason", m->finish_reason);
+	appendStringInfo(&r->json, ",\"messageMetadata\":{\"usage\":%s", usage);
+	if (m)
+	{
+		put_text(r, "model", m->model);
+		put_text(r, "finishReason", m->finish_reason);
+	}
 	appendStringInfoChar(&r->json, '}');
 	finish(r);
 }
@@ -394,6 +411,7 @@ chat_replay_task(const ChatReplayTask *task, ChatEventRows *out)
 	Replay		r = {0};
 	Message    *messages;
 	Message    *last = NULL;
+	bool		waits = false;
 	int			n = load(task, &messages);
 
 	memset(out, 0, sizeof(*out));
@@ -419,9 +437,15 @@ chat_replay_task(const ChatReplayTask *task, ChatEventRows *out)
 			continue;
 		last = &messages[i];
 		while (i + 1 < n && messages[i + 1].is_tool)
-			i++;
+			waits |= messages[++i].pending;
+		/* what follows is going to change: it is not yet told */
+		if (waits && !task->ended)
+			break;
 		add_step(&r, last, i + 1 - first);
 	}
+	/* a step that was begun and left nothing */
+	if (last == NULL && task->started)
+		add_plain(&r, "start-step");
 	add_end(&r, last);
 	pfree(r.json.data);
 }

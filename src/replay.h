@@ -39,7 +39,10 @@ typedef struct ChatReplayTask
 	pg_uuid_t	session;
 	pg_uuid_t	answer;			/* id of the message, if none is stored */
 	const char *status;
+	bool		started;		/* it had its turn */
+	bool		ended;
 	const char *error;			/* JSON object or NULL */
+	const char *usage;			/* the same */
 	TimestampTz at;				/* when it ended, else when it was made */
 } ChatReplayTask;
 
