@@ -139,6 +139,20 @@ member(JsonbContainer *object, const char *name)
 	return value_text(&v);
 }
 
+/* Returns a member of an object as JSON text, NULL if absent. */
+static char *
+json_member(JsonbContainer *object, const char *name)
+{
+	JsonbValue	v;
+	Jsonb	   *value;
+
+	if (getKeyJsonValueFromContainer(object, name, (int) strlen(name),
+									 &v) == NULL)
+		return NULL;
+	value = JsonbValueToJsonb(&v);
+	return JsonbToCString(NULL, &value->root, VARSIZE(value));
+}
+
 /* Parses a JSON text that came out of the database. */
 static Jsonb *
 parse(const char *text)
@@ -355,7 +369,7 @@ apply_times(JsonbContainer *settings, ChatServer *server)
 /* Builds the body of a job's request: session's settings over the server's. */
 char *
 chat_context_request(const ChatJob *job, ChatServer *server,
-					 const ChatContext *context, int *len)
+					 const ChatContext *context, const char *tools, int *len)
 {
 	JsonbContainer *settings = &parse(job->settings)->root;
 	ChatRequest req = {0};
@@ -389,6 +403,13 @@ chat_context_request(const ChatJob *job, ChatServer *server,
 													   session,
 													   uuid_text(&job->task)),
 							   member(settings, "extra_body")));
+	req.tools = str(tools);
+	if (tools)
+	{
+		req.tool_choice = str(json_member(settings, "tool_choice"));
+		req.parallel_tool_calls = str(json_member(settings,
+												  "parallel_tool_calls"));
+	}
 	req.messages = context->messages;
 	req.nmessages = context->n;
 	initStringInfo(&body);

@@ -64,6 +64,7 @@ extern void chat_context_close(const ChatJob *job, ChatContext *context);
  * the session's settings put over it.
  */
 extern char *chat_context_request(const ChatJob *job, ChatServer *server,
-								  const ChatContext *context, int *len);
+								  const ChatContext *context,
+								  const char *tools, int *len);
 
 #endif							/* CHAT_CONTEXT_H */

@@ -46,6 +46,7 @@ typedef enum ChatHttpEnd
 typedef struct ChatTransfer
 {
 	void	   *owner;			/* the caller's */
+	bool		is_tool;		/* owner is an HTTP tool call, not a stream */
 	CURL	   *easy;
 	struct curl_slist *headers;
 	char	   *body;			/* malloc'ed; freed when the answer begins */

@@ -206,8 +206,44 @@ CHAT_STMT(adopt_orphans,
 		  "UPDATE chat.chat_job SET holder = NULL, crashes = crashes + 1,"
 		  " attempts = attempts - 1,"
 		  " rerun = true, reset = true, run_at = '-infinity'"
-		  " WHERE database = $1 AND holder IS NOT NULL"
+		  " WHERE database = $1 AND holder IS NOT NULL AND kind <> 'tool'"
 		  " AND holder <> ALL ($2)",
+		  OIDOID, INT8ARRAYOID);
+
+/*
+ * The same for tool calls.  A SQL tool and its result are one transaction: it
+ * has had no effect and runs again (unless it takes its worker down each
+ * time).  Of an HTTP tool nobody knows, so only an idempotent one does.
+ */
+CHAT_STMT(adopt_calls,
+		  "WITH dead AS MATERIALIZED ("
+		  " SELECT j.id, j.operation_id, j.session_id, j.task_id,"
+		  "  (c.kind = 'sql' OR c.idempotent) AND j.crashes < 3 AS again"
+		  " FROM chat.chat_job AS j JOIN chat.chat_tool_call AS c"
+		  "  ON c.operation_id = j.operation_id"
+		  " WHERE j.database = $1 AND j.kind = 'tool'"
+		  "  AND j.holder IS NOT NULL AND j.holder <> ALL ($2)"
+		  "), again AS ("
+		  " UPDATE chat.chat_job AS j SET holder = NULL,"
+		  "  crashes = j.crashes + 1, run_at = '-infinity'"
+		  " FROM dead WHERE j.id = dead.id AND dead.again"
+		  "), lost AS ("
+		  " DELETE FROM chat.chat_job AS j USING dead"
+		  " WHERE j.id = dead.id AND NOT dead.again"
+		  " RETURNING dead.operation_id, dead.session_id, dead.task_id"
+		  "), call AS ("
+		  " UPDATE chat.chat_tool_call AS c SET status = 'failed',"
+		  "  ended_at = now(), result = json_build_object('type', 'error',"
+		  "   'message', 'Tool ' || c.name || ' failed: outcome unknown, it"
+		  " was interrupted', 'code', 'tool_unknown_outcome')::text"
+		  " FROM lost WHERE c.operation_id = lost.operation_id"
+		  "  AND c.ended_at IS NULL"
+		  "), ring AS ("
+		  " UPDATE chat.chat_job AS p SET run_at = '-infinity' FROM lost"
+		  " WHERE p.session_id = lost.session_id"
+		  "  AND p.task_id = lost.task_id AND p.kind = 'completion'"
+		  "  AND p.parked)"
+		  " SELECT id FROM dead",
 		  OIDOID, INT8ARRAYOID);
 
 /* $1 holder */
@@ -491,12 +527,14 @@ chat_queue_adopt(const int64 *live, int nlive)
 {
 	Datum	   *values = palloc(sizeof(Datum) * Max(nlive, 1));
 	Datum		params[2];
+	int			n;
 
 	for (int i = 0; i < nlive; i++)
 		values[i] = Int64GetDatum(live[i]);
 	params[0] = ObjectIdGetDatum(MyDatabaseId);
 	params[1] = make_array(&int8_param, values, NULL, nlive);
-	return (int) chat_db_exec(&adopt_orphans, params, NULL);
+	n = (int) chat_db_exec(&adopt_orphans, params, NULL);
+	return n + (int) chat_db_exec(&adopt_calls, params, NULL);
 }
 
 /* Lists the jobs that are ours in the table; returns how many. */

@@ -56,6 +56,7 @@
 #include "compat.h"
 #include "db.h"
 #include "json.h"
+#include "registry.h"
 #include "shmem.h"
 #include "tool.h"
 #include "turn.h"
@@ -108,6 +109,13 @@ chat_tool_init(void)
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 }
 
+/* Setting chat.tool_timeout, in ms. */
+int
+chat_tool_default_timeout(void)
+{
+	return tool_timeout;
+}
+
 /* ---------- scheduling, in the streaming worker ---------- */
 
 /* $1 database: SQL calls that wait, by role */
@@ -148,6 +156,7 @@ typedef struct WaitingRole
 	TimestampTz not_before;
 } WaitingRole;
 
+static bool orphans = false;	/* calls whose worker has ended */
 static WaitingRole *roles = NULL;
 static int	nroles = 0;
 
@@ -180,10 +189,7 @@ why_not(const WaitingRole *r)
 		return "the session's owner role may not log in, which this version of PostgreSQL asks of a background worker";
 	if (chat_database_aclcheck(r->role) != ACLCHECK_OK)
 		return "the session's owner role may not connect to the database";
-	if (superuser_arg(r->role) &&
-		strcmp(GetConfigOption("chat.enable_superuser_tools", true, false)
-			   ? GetConfigOption("chat.enable_superuser_tools", true, false)
-			   : "off", "on") != 0)
+	if (superuser_arg(r->role) && !chat_registry_superuser_tools)
 		return "the session's owner is a superuser and chat.enable_superuser_tools is off";
 	if (r->false_starts >= MAX_FALSE_STARTS)
 		return "no tool worker could be started as the session's owner role";
@@ -241,6 +247,8 @@ reap_tools(void)
 			live++;
 			continue;
 		}
+		/* it left a call behind */
+		orphans |= slot->running;
 		if (slot->claimed)
 			find_role(slot->role)->false_starts = 0;
 		else if (slot->exit == CHAT_EXIT_ERROR)
@@ -335,6 +343,18 @@ chat_tool_schedule(void)
 		}
 	}
 	return later;
+}
+
+/* True, once, if a tool worker has ended without ending its call. */
+bool
+chat_tool_orphans(void)
+{
+	bool		found;
+
+	(void) reap_tools();
+	found = orphans;
+	orphans = false;
+	return found;
 }
 
 /* Writes what running tools of this database have reported. */
@@ -493,8 +513,8 @@ claim_next(const pg_uuid_t *session, MemoryContext context)
 }
 
 /* True if a result says that the operation goes on elsewhere. */
-static bool
-is_accepted(const char *result)
+bool
+chat_tool_is_accepted(const char *result)
 {
 	Jsonb	   *value;
 	JsonbValue	v;
@@ -527,7 +547,7 @@ store(const ToolCall *c, bool failed, const char *result)
 	values[1] = Int64GetDatum(c->epoch);
 	values[2] = Int64GetDatum(chat_slot->identity);
 	values[3] = UUIDPGetDatum(&c->operation);
-	if (!failed && is_accepted(result))
+	if (!failed && chat_tool_is_accepted(result))
 	{
 		values[4] = Int64GetDatum((int64) chat_turn_operation_timeout());
 		n = chat_db_exec(&store_accepted, values, NULL);

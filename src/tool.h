@@ -11,8 +11,17 @@
 
 extern void chat_tool_init(void);
 
+/* True if a result says that the operation goes on elsewhere. */
+extern bool chat_tool_is_accepted(const char *result);
+
+/* Setting chat.tool_timeout, in ms. */
+extern int	chat_tool_default_timeout(void);
+
 /* Starts tool workers for what waits; part of the streaming worker. */
 extern bool chat_tool_schedule(void);
+
+/* True, once, if a tool worker has ended without ending its call. */
+extern bool chat_tool_orphans(void);
 
 /* Fails, in the current transaction, the calls that cannot be run. */
 extern void chat_tool_judge(void);

@@ -202,6 +202,14 @@ CHAT_STMT(load_calls,
 		  " ORDER BY w.n, c.position",
 		  UUIDARRAYOID, INT4ARRAYOID);
 
+/* $1 operations: takes what was reported of them from outside */
+CHAT_STMT(take_progress,
+		  "WITH p AS (DELETE FROM chat.chat_tool_progress"
+		  "  WHERE operation_id = ANY($1)"
+		  "  RETURNING operation_id, id, progress)"
+		  " SELECT operation_id, progress::text FROM p ORDER BY id",
+		  UUIDARRAYOID);
+
 /*
  * Arrays: $1 operation, $2 status (NULL = as it is), $3 result (the same),
  * $4 announced, $5 delivered, $6 content of the tool message (NULL = as it is)
@@ -884,6 +892,8 @@ read_call(Call *c, uint64 row)
 	c->result_length = chat_db_int32(row, 15, 0);
 }
 
+static void tell_progress(Turn *turns, int nturns, int ncalls);
+
 /* Reads the calls of the turns' steps. */
 static void
 load(Turn *turns, int n)
@@ -903,6 +913,52 @@ load(Turn *turns, int n)
 		if (t->calls == NULL)
 			t->calls = palloc(sizeof(Call) * (rows - row));
 		read_call(&t->calls[t->ncalls++], row);
+	}
+	tell_progress(turns, n, (int) rows);
+}
+
+/* Tells listeners how far an operation is. */
+static void
+log_progress(Turn *t, const Call *c, const char *report)
+{
+	StringInfoData json;
+
+	begin_event(&json, "tool-output-available", c);
+	appendStringInfo(&json, ",\"preliminary\":true,\"output\":%s",
+					 as_json(report));
+	add_event(t, &json);
+}
+
+/* Tells listeners what was reported of operations from outside. */
+static void
+tell_progress(Turn *turns, int nturns, int ncalls)
+{
+	Call	  **calls = palloc(sizeof(Call *) * Max(ncalls, 1));
+	Turn	  **owners = palloc(sizeof(Turn *) * Max(ncalls, 1));
+	Datum	   *values = palloc(sizeof(Datum) * Max(ncalls, 1));
+	Datum		params[1];
+	int			at = 0;
+	int			n = 0;
+	uint64		rows;
+
+	for (int t = 0; t < nturns; t++)
+		for (int c = 0; c < turns[t].ncalls; c++)
+			if (!turns[t].calls[c].delivered)
+			{
+				owners[n] = &turns[t];
+				calls[n++] = &turns[t].calls[c];
+			}
+	if (n == 0)
+		return;
+	COLUMN(&uuid_kind, UUIDPGetDatum(&calls[i]->operation));
+	rows = chat_db_exec(&take_progress, params, NULL);
+	for (uint64 row = 0; row < rows; row++)
+	{
+		pg_uuid_t	operation = chat_db_uuid(row, 1);
+
+		for (int i = 0; i < n; i++)
+			if (memcmp(&calls[i]->operation, &operation, UUID_LEN) == 0)
+				log_progress(owners[i], calls[i], chat_db_text(row, 2));
 	}
 }
 
@@ -1053,10 +1109,7 @@ chat_turn_progress(const pg_uuid_t *operation, const char *report,
 	t.target.slot = DatumGetInt16(chat_db_datum(0, 3, &(bool) {false}));
 	t.target.channel = chat_db_text(0, 4);
 	c.call_id = chat_db_text(0, 5);
-	begin_event(&json, "tool-output-available", &c);
-	appendStringInfo(&json, ",\"preliminary\":true,\"output\":%s",
-					 as_json(report));
-	add_event(&t, &json);
+	log_progress(&t, &c, report);
 	(void) chat_event_collect(batch, &t.target,
 							  chat_db_int64(0, 1, 0) - 1, &t.log);
 	return true;

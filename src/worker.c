@@ -48,7 +48,9 @@
 #include "db.h"
 #include "event.h"
 #include "http.h"
+#include "httptool.h"
 #include "queue.h"
+#include "registry.h"
 #include "retention.h"
 #include "server.h"
 #include "shmem.h"
@@ -323,6 +325,7 @@ recheck(void)
 	}
 	if (held.extension != extension)
 		exit_absent();
+	chat_httptool_keep(held.ids, held.n);
 	dlist_foreach_modify(iter, &streams)
 	{
 		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
@@ -711,7 +714,8 @@ typedef struct Claim
  * one job (server dropped, key unreadable) leaves the transaction usable.
  */
 static void
-prepare(ChatStream *s, const ChatJob *job, const ChatContext *context)
+prepare(ChatStream *s, const ChatJob *job, const ChatContext *context,
+		const char *tools)
 {
 	MemoryContext old = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
@@ -723,7 +727,7 @@ prepare(ChatStream *s, const ChatJob *job, const ChatContext *context)
 		s->server = chat_server_load(job->server, false);
 		chat_server_check(job->server, job->owner, "any");
 		s->key = chat_server_key(s->server, job->owner);
-		s->request = chat_context_request(job, s->server, context,
+		s->request = chat_context_request(job, s->server, context, tools,
 										  &s->request_len);
 		s->prompt_estimate = s->request_len / 4;
 		MemoryContextSwitchTo(old);
@@ -764,7 +768,7 @@ log_start(ChatStream *s)
 
 /* Makes the streams of the jobs that were claimed. */
 static void
-make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts)
+make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
 {
 	for (int i = 0; i < c->n; i++)
 	{
@@ -781,7 +785,7 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts)
 		{
 			chat_context_repair(&contexts[i]);
 			chat_context_close(&jobs[i], &contexts[i]);
-			prepare(s, &jobs[i], &contexts[i]);
+			prepare(s, &jobs[i], &contexts[i], tools[i]);
 		}
 	}
 }
@@ -794,6 +798,7 @@ claim_work(void *arg)
 	int			most = Min(limit - nstreams, MAX_CLAIM);
 	ChatJob    *jobs;
 	ChatContext *contexts;
+	char	  **tools;
 	ChatEventBatch batch = {0};
 	int			n;
 
@@ -804,9 +809,11 @@ claim_work(void *arg)
 	c->streams = MemoryContextAllocZero(tick_context, sizeof(ChatStream *) * n);
 	c->seqs = MemoryContextAlloc(tick_context, sizeof(int64) * n);
 	contexts = palloc(sizeof(ChatContext) * n);
+	tools = palloc(sizeof(char *) * n);
 	chat_context_load(jobs, n, contexts);
 	c->n = n;
-	make_streams(c, jobs, contexts);
+	chat_registry_load(jobs, n, tools);
+	make_streams(c, jobs, contexts, tools);
 	for (int i = 0; i < n; i++)
 		c->seqs[i] = chat_event_collect(&batch, &c->streams[i]->target,
 										c->streams[i]->seq,
@@ -986,14 +993,48 @@ judge_work(void *arg)
 	chat_tool_judge();
 }
 
+/* Transaction: takes HTTP tool calls. */
+static void
+claim_http_work(void *arg)
+{
+	*(int *) arg = chat_httptool_claim(identity, MAX_CLAIM);
+}
+
+/* Transaction: stores the results of HTTP tool calls. */
+static void
+store_http_work(void *arg)
+{
+	chat_httptool_store(identity);
+}
+
+/* Stores the results of HTTP tools. */
+static void
+store_http(void)
+{
+	if (try_transaction("store results of tools", true, store_http_work, NULL))
+	{
+		rest_due = Min(rest_due, chat_stream_clock() + 100);
+		return;
+	}
+	chat_httptool_stored();
+	turns_due = true;
+}
+
 /* Has the tools run that wait. */
 static void
 run_tools(void)
 {
+	int			n = 0;
+
 	tools_due = false;
 	if (try_transaction("look at tool jobs", true, judge_work, NULL) ||
 		chat_tool_schedule())
 		rest_due = Min(rest_due, chat_stream_clock() + 100);
+	chat_httptool_open(try_transaction("claim tool calls", true,
+									   claim_http_work, &n) == NULL);
+	if (n > 0)
+		check_due = 0;
+	tools_due = n == MAX_CLAIM;
 }
 
 /* Transaction: tells what running tools have reported. */
@@ -1078,7 +1119,7 @@ check_times(int64 now)
 {
 	dlist_iter	iter;
 
-	check_due = NEVER;
+	check_due = chat_httptool_check_time(now);
 	dlist_foreach(iter, &streams)
 	{
 		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
@@ -1102,7 +1143,7 @@ sleep_time(void)
 	due = Min(due, chat_retention_due());
 	if (enabled && nstreams < limit)
 		due = Min(due, Min(claim_due, rest_due));
-	if (turns_due)
+	if (turns_due || tools_due || chat_httptool_pending())
 		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
@@ -1277,6 +1318,11 @@ receive(void)
 	{
 		ChatStream *s = t->owner;
 
+		if (t->is_tool)
+		{
+			(void) chat_httptool_receive(t);
+			continue;
+		}
 		if (chat_stream_receive(s))
 			mark_dirty(s);
 		if (s->log.text.len > MAX_PENDING)
@@ -1327,8 +1373,12 @@ chat_worker_main(Datum slot)
 			claim();
 		if (chat_retention_due() <= now)
 			retire();
+		if (chat_tool_orphans())
+			(void) try_transaction("take up tool calls", true, adopt_work, NULL);
 		if (tools_due)
 			run_tools();
+		if (chat_httptool_pending())
+			store_http();
 		if (beat_due <= now)
 			beat(now);
 		MemoryContextReset(tick_context);
