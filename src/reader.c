@@ -108,6 +108,20 @@ slot_stmt(int slot, int kind)
 	return stmt;
 }
 
+/*
+ * Runs a statement, and stays in the current memory context: SPI's own, which
+ * it leaves us in, is gone before the answer is used.
+ */
+static uint64
+run(ChatStmt *stmt, Datum *values, const char *nulls)
+{
+	MemoryContext context = CurrentMemoryContext;
+	uint64		n = chat_db_exec(stmt, values, nulls);
+
+	MemoryContextSwitchTo(context);
+	return n;
+}
+
 /* Reads the task; false if there is none that the caller may see. */
 static bool
 read_task(const ChatScope *scope, const Question *q, Answer *a)
@@ -117,7 +131,7 @@ read_task(const ChatScope *scope, const Question *q, Answer *a)
 
 	values[0] = UUIDPGetDatum(q->task);
 	chat_db_caller(scope, values);
-	if (chat_db_exec(&find_task, values, NULL) == 0)
+	if (run(&find_task, values, NULL) == 0)
 		return false;
 	a->task.id = *q->task;
 	a->task.session = chat_db_uuid(0, 1);
@@ -144,8 +158,7 @@ read_stored(const Question *q, Answer *a)
 
 	if (a->slot < 0)
 		return false;
-	n = chat_db_exec(slot_stmt(a->slot, 0), values,
-					 q->max_rows < 0 ? "  n" : NULL);
+	n = run(slot_stmt(a->slot, 0), values, q->max_rows < 0 ? "  n" : NULL);
 	for (uint64 i = 0; i < n; i++)
 	{
 		ChatEventRow *row = chat_replay_add(&a->events);
@@ -156,7 +169,7 @@ read_stored(const Question *q, Answer *a)
 		row->json.len = strlen(row->json.data);
 		row->at = DatumGetTimestampTz(chat_db_datum(i, 3, &isnull));
 	}
-	return n > 0 || chat_db_exec(slot_stmt(a->slot, 1), values, NULL) > 0;
+	return n > 0 || run(slot_stmt(a->slot, 1), values, NULL) > 0;
 }
 
 /* Reads the replay, from where the caller is in it. */

@@ -301,8 +301,11 @@ load(const ChatReplayTask *task, Message **messages)
 {
 	Datum		values[2] = {UUIDPGetDatum(&task->session),
 	UUIDPGetDatum(&task->id)};
+	MemoryContext context = CurrentMemoryContext;
 	int			n = (int) chat_db_exec(&load_messages, values, NULL);
 
+	/* SPI leaves us in its own */
+	MemoryContextSwitchTo(context);
 	*messages = palloc0(sizeof(Message) * Max(n, 1));
 	for (int i = 0; i < n; i++)
 	{
