@@ -160,7 +160,7 @@ SELECT count(*) FROM chat.add_chat_messages_batch(:s3, '[
 		"tool_calls": [
 		{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{\"city\": \"Bonn\"}"}},
 		{"id": "c2", "type": "function", "function": {"name": "list", "arguments": ""}},
-		{"id": "c3", "type": "function", "function": {"name": "fail", "arguments": "{\"a\": 1e99999}"}},
+		{"id": "c3", "type": "function", "function": {"name": "fail", "arguments": "{\"a\": 1e999999}"}},
 		{"id": "c4", "type": "function", "function": {"name": "slow", "arguments": "{\"nul\": \"\\u0000\"}"}},
 		{"id": "c5", "type": "function", "function": {"name": "lost"}},
 		{"id": "c6", "type": "function", "function": {"name": "broken", "arguments": "{\"a\""}},
@@ -198,6 +198,34 @@ SELECT chat.to_ui_messages(:none) IS NULL AS none, chat.to_ui_messages(NULL) IS 
 	chat.to_ui_messages((chat.create_chat_session()).id) AS empty;
 SET ROLE regress_chat_mallory;
 SELECT chat.to_ui_messages(:s3) IS NULL AS hidden;
+
+-- calls that are under way, that wait for an approval, that were denied
+SET ROLE regress_chat_ann;
+SELECT id AS s4 FROM chat.create_chat_session() \gset
+SELECT count(*) FROM chat.add_chat_messages_batch(:'s4', '[
+	{"role": "user", "content": "go"},
+	{"role": "assistant", "message_id": "00000000-0000-4000-8000-0000000000d2", "tool_calls": [
+		{"id": "c1", "function": {"name": "runs", "arguments": "{}"}},
+		{"id": "c2", "function": {"name": "asks", "arguments": "{}"}},
+		{"id": "c3", "function": {"name": "denied", "arguments": "{}"}},
+		{"id": "c4", "function": {"name": "denied", "arguments": "{}"}},
+		{"id": "c5", "function": {"name": "long", "arguments": "{}"}}]},
+	{"role": "tool", "tool_call_id": "c1", "name": "runs", "content": "", "metadata": {"pending": true}},
+	{"role": "tool", "tool_call_id": "c2", "name": "asks", "content": "", "metadata": {"pending": true}},
+	{"role": "tool", "tool_call_id": "c3", "content": "{\"type\": \"error\", \"code\": \"denied\", \"message\": \"no\"}",
+		"metadata": {"operation_id": "00000000-0000-4000-8000-0000000000e3"}},
+	{"role": "tool", "tool_call_id": "c4", "content": "{\"type\": \"error\", \"code\": \"denied\"}"},
+	{"role": "tool", "tool_call_id": "c5", "name": "long", "content": "{\"type\": \"operation_pending\"}", "metadata": {"pending": true}}]');
+RESET ROLE;
+INSERT INTO chat.chat_tool_call (operation_id, session_id, task_id, message_id, position, sequence, step, call_id, name, kind, arguments, status)
+VALUES ('00000000-0000-4000-8000-0000000000e2', :'s4', gen_random_uuid(), '00000000-0000-4000-8000-0000000000d2', 2, 4, 1, 'c2', 'asks', 'sql', '{}', 'approval');
+SET ROLE regress_chat_ann;
+SELECT p - 'input' AS part FROM jsonb_path_query(chat.to_ui_messages(:'s4'), '$[1].parts[1 to last]') AS p;
+-- in a copy they never end
+SELECT id AS f FROM chat.fork_chat_session(:'s4') \gset
+SELECT sequence, content, metadata FROM chat.get_chat_messages(:'f') WHERE role = 'tool';
+SELECT id AS f FROM chat.import_chat_session(chat.export_chat_session(:'s4'), gen_random_uuid()) \gset
+SELECT sequence, content, metadata FROM chat.get_chat_messages(:'f') WHERE role = 'tool';
 
 --
 -- Search

@@ -123,9 +123,12 @@ CHAT_STMT(fork_session,
 		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
 		  "  content, parts, name, tool_call_id, refusal, tool_calls,"
 		  "  function_call, task_id, metadata, created_at)"
-		  " SELECT session.id, c.n, c.id, c.role, c.content, c.parts, c.name,"
-		  "  c.tool_call_id, c.refusal, c.tool_calls, c.function_call,"
-		  "  c.task_id, c.metadata, c.created_at FROM copied AS c, session)"
+		  " SELECT session.id, c.n, c.id, c.role,"
+		  "  CASE WHEN" CHAT_SESSION_PENDING("c") "THEN"
+		  CHAT_SESSION_NO_RESULT("c") "ELSE c.content END,"
+		  "  c.parts, c.name, c.tool_call_id, c.refusal, c.tool_calls,"
+		  "  c.function_call, c.task_id, c.metadata - 'pending',"
+		  "  c.created_at FROM copied AS c, session)"
 		  " SELECT session.copy FROM session",
 		  CHAT_VISIBLE_TYPES, INT8OID);
 

@@ -8,17 +8,14 @@
  */
 #include "postgres.h"
 
-#include "common/jsonapi.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
-#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
 
 #include "compat.h"
 #include "db.h"
-#include "json.h"
 
 #define EMPTY_PART "{\"type\":\"text\",\"text\":\"\"}"
 
@@ -32,9 +29,14 @@ CHAT_STMT(load_messages,
 		  "SELECT m.id::text, m.role, m.content, m.tool_call_id, m.refusal,"
 		  " m.name, m.task_id::text, t.answer_id::text,"
 		  " to_json(m.created_at)::text, m.sequence, m.parts, m.tool_calls,"
-		  " m.function_call, m.metadata"
+		  " m.function_call, m.metadata,"
+		  " COALESCE(c.operation_id::text, m.metadata ->> 'operation_id'),"
+		  " COALESCE(m.metadata @> '{\"pending\": true}', false),"
+		  " COALESCE(c.status = 'approval', false)"
 		  " FROM chat.chat_message AS m LEFT JOIN chat.chat_task AS t"
 		  " ON t.id = m.task_id AND t.session_id = m.session_id"
+		  " LEFT JOIN chat.chat_tool_call AS c"
+		  " ON c.session_id = m.session_id AND c.sequence = m.sequence"
 		  " WHERE m.session_id = $1 AND m.active ORDER BY m.sequence",
 		  UUIDOID);
 
@@ -55,6 +57,9 @@ typedef struct Row
 	JsonbContainer *tool_calls;
 	JsonbContainer *function_call;
 	JsonbContainer *metadata;
+	char	   *operation;		/* of a tool's message: its operation, ... */
+	bool		pending;		/* ... whether that goes on ... */
+	bool		approval;		/* ... or waits for an approval */
 } Row;
 
 /* ---------- JSON ---------- */
@@ -132,46 +137,19 @@ object_of(JsonbContainer *object, const char *name)
 	return v.val.binary.data;
 }
 
-/* Notes a number that the type numeric might not hold. */
-static CHAT_JSON_ACTION
-check_number(void *state, char *token, JsonTokenType type)
+/* Appends a member whose value is a text that is JSON, or else a string. */
+static void
+put_json(StringInfo out, const char *name, const char *text)
 {
-	if (type == JSON_TOKEN_NUMBER)
+	Jsonb	   *json = chat_db_parse_json(text);
+
+	if (json == NULL)
 	{
-		char	   *exponent = strpbrk(token, "eE");
-
-		if (strlen(token) > 1000 ||
-			(exponent && strlen(exponent) > strlen("e-999")))
-			*(bool *) state = true;
+		put_string(out, name, text);
+		return;
 	}
-	CHAT_JSON_GO_ON;
-}
-
-/* Returns a text that is JSON in a form that jsonb takes, else NULL. */
-static char *
-as_json(const char *text)
-{
-	bool		unfit = false;
-	JsonSemAction actions = {.semstate = &unfit,.scalar = check_number};
-	JsonLexContext *lex;
-	size_t		need;
-	char	   *clean;
-
-	switch (chat_json_check(text, strlen(text), &need))
-	{
-		case CHAT_JSON_AS_IS:
-			clean = pstrdup(text);
-			break;
-		case CHAT_JSON_DIRTY:
-			clean = palloc(need + 1);
-			clean[chat_json_clean(text, strlen(text), clean)] = '\0';
-			break;
-		default:
-			return NULL;
-	}
-	lex = chat_json_lexer(clean, strlen(clean));
-	return pg_parse_json(lex, &actions) == JSON_SUCCESS && !unfit
-		? clean : NULL;
+	put_key(out, name);
+	(void) JsonbToCString(out, &json->root, VARSIZE(json));
 }
 
 /* ---------- parts ---------- */
@@ -266,37 +244,58 @@ put_content(StringInfo out, const Row *row, bool done)
 		put_content_part(out, &v, done);
 }
 
+/* Appends the approval that a call waits for, or was denied. */
+static void
+put_approval(StringInfo out, const Row *result, const char *state)
+{
+	put_string(out, "state", state);
+	put_key(out, "approval");
+	appendStringInfoChar(out, '{');
+	put_string(out, "id", result->operation);
+	if (strcmp(state, "output-denied") == 0)
+	{
+		put_key(out, "approved");
+		appendStringInfoString(out, "false");
+	}
+	appendStringInfoChar(out, '}');
+}
+
 /* Appends what a tool returned, or why it did not. */
 static void
 put_result(StringInfo out, const Row *result)
 {
-	char	   *text = result->content ? result->content : "";
-	char	   *json = text[0] == '{' || text[0] == '[' ? as_json(text) : NULL;
-	Jsonb	   *object = json == NULL ? NULL :
-		DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
-	char	   *type = object ? string_of(&object->root, "type") : NULL;
+	const char *text = result->content ? result->content : "";
+	Jsonb	   *json = text[0] == '{' ? chat_db_parse_json(text) : NULL;
+	char	   *type = json ? string_of(&json->root, "type") : NULL;
+	char	   *code = json ? string_of(&json->root, "code") : NULL;
 
-	if (type && strcmp(type, "error") == 0)
+	if (type == NULL || strcmp(type, "error") != 0)
 	{
-		char	   *message = string_of(&object->root, "message");
+		put_string(out, "state", "output-available");
+		put_json(out, "output", text);
+		if (type && strcmp(type, "operation_pending") == 0)
+		{
+			put_key(out, "preliminary");
+			appendStringInfoString(out, "true");
+		}
+	}
+	else if (code && strcmp(code, "denied") == 0 && result->operation)
+		put_approval(out, result, "output-denied");
+	else
+	{
+		char	   *message = string_of(&json->root, "message");
 
 		put_string(out, "state", "output-error");
 		put_string(out, "errorText", message ? message : text);
-		return;
 	}
-	put_string(out, "state", "output-available");
-	if (json)
-	{
-		put_key(out, "output");
-		appendStringInfoString(out, json);
-	}
-	else
-		put_string(out, "output", text);
-	if (type && strcmp(type, "operation_pending") == 0)
-	{
-		put_key(out, "preliminary");
-		appendStringInfoString(out, "true");
-	}
+}
+
+/* Whether a call has a result by now. */
+static bool
+has_result(const Row *result)
+{
+	return result != NULL &&
+		!(result->pending && (result->content == NULL || !*result->content));
 }
 
 /* Appends a tool part. */
@@ -304,20 +303,16 @@ static void
 put_tool(StringInfo out, const char *name, const char *id,
 		 const char *arguments, const Row *result)
 {
-	char	   *input = as_json(arguments && arguments[0] ? arguments : "{}");
-
+	if (arguments == NULL || arguments[0] == '\0')
+		arguments = "{}";
 	open_part(out, "tool-", name);
 	put_string(out, "toolCallId", id);
-	if (input)
-	{
-		put_key(out, "input");
-		appendStringInfoString(out, input);
-	}
-	else
-		put_string(out, "rawInput", arguments);
-	if (result)
+	put_json(out, "input", arguments);
+	if (has_result(result))
 		put_result(out, result);
-	else if (input)
+	else if (result && result->approval && result->operation)
+		put_approval(out, result, "approval-requested");
+	else if (chat_db_parse_json(arguments) != NULL)
 		put_string(out, "state", "input-available");
 	else
 	{
@@ -536,6 +531,9 @@ read_rows(uint64 n)
 		rows[i].tool_calls = container(i, 12);
 		rows[i].function_call = container(i, 13);
 		rows[i].metadata = container(i, 14);
+		rows[i].operation = chat_db_text(i, 15);
+		rows[i].pending = chat_db_bool(i, 16);
+		rows[i].approval = chat_db_bool(i, 17);
 	}
 	return rows;
 }

@@ -132,12 +132,16 @@ CHAT_STMT(merge_session,
 CHAT_STMT(restore_messages,
 		  "UPDATE chat.chat_message AS m SET"
 		  " task_id = (e.message ->> 'task_id')::uuid,"
-		  " superseded_by = (e.message ->> 'superseded_by')::bigint"
+		  " superseded_by = (e.message ->> 'superseded_by')::bigint,"
+		  " metadata = m.metadata - 'pending',"
+		  " content = CASE WHEN" CHAT_SESSION_PENDING("m") "THEN"
+		  CHAT_SESSION_NO_RESULT("m") "ELSE m.content END"
 		  " FROM jsonb_array_elements($2 -> 'messages') WITH ORDINALITY"
 		  "  AS e (message, n)"
 		  " WHERE m.session_id = $1 AND m.sequence = e.n"
-		  " AND (e.message ->> 'task_id', e.message ->> 'superseded_by')"
-		  "  IS DISTINCT FROM (NULL, NULL)",
+		  " AND (e.message ->> 'task_id' IS NOT NULL"
+		  "  OR e.message ->> 'superseded_by' IS NOT NULL"
+		  "  OR" CHAT_SESSION_PENDING("m") ")",
 		  UUIDOID, JSONBOID);
 
 CHAT_STMT(restore_session,

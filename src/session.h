@@ -13,6 +13,17 @@
 #include "compat.h"
 
 /*
+ * Whether a message m waits for the result of a tool, and what it gets when
+ * it is copied to another session, where that result never comes.
+ */
+#define CHAT_SESSION_PENDING(m) \
+	" (" m ".role = 'tool' AND " m ".metadata @> '{\"pending\": true}') "
+#define CHAT_SESSION_NO_RESULT(m) \
+	" jsonb_build_object('type', 'error', 'code', 'no_result', 'message'," \
+	" concat('Tool ', " m ".name, ' failed: the conversation was copied" \
+	" before it ended'))::text "
+
+/*
  * Raises an error (22023) unless all members are settings that a session
  * may have, of the right type and in range.
  */
