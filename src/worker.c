@@ -922,6 +922,8 @@ claim(void)
 		claim_due = 0;
 		return;
 	}
+	/* not even a bare claim: it is not the job's fault */
+	claim_mode = CLAIM_BATCH;
 	claim_due = NEVER;
 	claim_backoff = Min(Max(claim_backoff * 2, MIN_BACKOFF), MAX_BACKOFF);
 	rest_due = chat_stream_clock() + claim_backoff;
