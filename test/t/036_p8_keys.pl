@@ -37,7 +37,6 @@ $node->safe_psql('postgres',
 	  . " (api_key_env 'CHAT_TEST_KEY');");
 # the user's own statements are over: from here on everything is logged
 $node->append_conf('postgresql.conf', <<'EOF');
-log_min_messages = debug5
 log_min_error_statement = debug5
 log_statement = all
 log_min_duration_statement = 0
@@ -52,6 +51,9 @@ EOF
 	local $ENV{CHAT_TEST_KEY} = $key{env};
 	$node->restart;
 }
+# the postmaster itself logs its environment at this level when it starts
+$node->append_conf('postgresql.conf', 'log_min_messages = debug5');
+$node->reload;
 wait_for_worker($node);
 
 my @seen;
@@ -98,7 +100,7 @@ push @seen, encode(send_to('from_file', "x [[error_at=1 errmsg=bad%20request]]")
 
 # a file that goes before the worker reads it, a variable that is not there
 my $worker = wait_for_worker($node);
-kill 'STOP', $worker;
+pause_worker($node, $worker);
 my $gone = ask($node, create_session($node, server => 'from_file')->{id}, 'x');
 unlink "$dir/key";
 kill 'CONT', $worker;
@@ -135,6 +137,7 @@ $fake->open_gate('q');
 wait_for_task($node, $task);
 my $log = slurp_file($node->logfile);
 cmp_ok(length($log), '>', 100000, 'the log is long');
+like($log, qr/chat worker DEBUG/, 'and tells of the worker');
 
 foreach my $name (sort keys %key)
 {

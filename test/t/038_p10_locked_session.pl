@@ -84,7 +84,7 @@ foreach my $way (sort keys %ways)
 
 # locked before the worker has seen the job
 my $session = create_session($node)->{id};
-kill 'STOP', $worker;
+pause_worker($node, $worker);
 my $task = ask($node, $session, 'start [[tokens=2]]');
 $holder->query_safe('BEGIN');
 $holder->query_safe(

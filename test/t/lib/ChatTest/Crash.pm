@@ -7,6 +7,8 @@
 #	pid_of($node, $like);		the only child whose title matches
 #	wait_until($what, sub { ... });		waits until it returns true
 #	wait_gone(@pids);			waits until there are no such processes
+#	pause_worker($node, $pid);	stops the worker while it sleeps and holds nothing;
+#								kill 'CONT', $pid lets it go on
 #	session($node);				a psql in the background: ->query_safe(...)
 #	start_turns($node, $n, $message);	n sessions with one turn each, in one
 #								transaction; rows with session, task, channel
@@ -21,8 +23,8 @@ use PostgreSQL::Test::Utils ();
 use ChatTest;
 
 our @EXPORT = qw(
-  kill_server kill_everything processes pid_of wait_until wait_gone session
-  start_turns
+  kill_server kill_everything processes pid_of wait_until wait_gone
+  pause_worker session start_turns
 );
 
 # Waits until a condition holds; returns its value.
@@ -117,6 +119,27 @@ sub kill_everything
 	kill 'KILL', @children, $postmaster;
 	wait_gone($postmaster, @children);
 	$node->{_pid} = undef;
+	return;
+}
+
+# Stops the worker when it has come to rest: it must hold no lock meanwhile.
+sub pause_worker
+{
+	my ($node, $pid) = @_;
+	my $seen = '';
+
+	wait_for($node, "SELECT xact_start IS NULL AND wait_event_type = 'Extension'"
+		  . " FROM pg_stat_activity WHERE pid = $pid");
+	wait_until(
+		'the worker to rest',
+		sub {
+			my ($switches) =
+			  read_proc("/proc/$pid/status") =~ /^voluntary_ctxt_switches:\s*(\d+)/m;
+			my $rests = $switches eq $seen;
+			$seen = $switches;
+			return $rests;
+		});
+	kill 'STOP', $pid;
 	return;
 }
 
