@@ -65,7 +65,7 @@ SHLIB_LINK += $(if $(EXPORTS),$(EXPORTS_FLAG))
 
 # Regression tests, in this order; the first one creates the extension.
 # Inputs are sql/NAME.sql, expected output is in expected/NAME.out.
-REGRESS = install endpoint session message upsert prompt branch access
+REGRESS = install endpoint session message upsert prompt branch tool operation access
 REGRESS_OPTS = --encoding=UTF8
 
 # Isolation specs: test/isolation/specs/NAME.spec

@@ -159,7 +159,7 @@ static void
 refuse_given(const Tool *t, const char *argument, bool given)
 {
 	if (given)
-		refuse(argument, psprintf("A tool of kind \"%s\" takes none.",
+		refuse(argument, psprintf("It does not go with kind \"%s\".",
 								  t->kind), NULL);
 }
 
