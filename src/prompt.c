@@ -213,6 +213,15 @@ is_known(const Placeholder *p, Datum *declared, int ndeclared)
 	return false;
 }
 
+/* Returns how a placeholder begins. */
+static char *
+excerpt(const Placeholder *p)
+{
+	int			len = (int) Min(p->end - p->start, 1000);
+
+	return pnstrdup(p->start, pg_mbcliplen(p->start, len, 60));
+}
+
 /* Raises an error unless a template's variables are all known. */
 static void
 check_template(const char *template, Datum *declared, int ndeclared)
@@ -230,9 +239,7 @@ check_template(const char *template, Datum *declared, int ndeclared)
 			ereport(ERROR,
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("invalid placeholder in the template"),
-					 errdetail("It begins with: %s",
-							   pnstrdup(p.start,
-										pg_mbcliplen(p.start, (int) (p.end - p.start), 60))),
+					 errdetail("It begins with: %s", excerpt(&p)),
 					 errhint("A placeholder is the name of a variable in double braces: letters, digits and underscores.")));
 		if (!is_known(&p, declared, ndeclared))
 			ereport(ERROR,
@@ -266,11 +273,19 @@ value_of_session(const Turn *turn, const char *name)
 		? chat_db_text(0, 1) : NULL;
 }
 
+/* Returns a uuid in its text form. */
+static char *
+uuid_text(const pg_uuid_t *id)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
+}
+
 /* Returns today's date, the same in every process: UTC. */
 static char *
 today(void)
 {
-	pg_time_t	now = timestamptz_to_time_t(GetCurrentTransactionStartTimestamp());
+	TimestampTz start = GetCurrentTransactionStartTimestamp();
+	pg_time_t	now = timestamptz_to_time_t(start);
 	struct pg_tm *tm = pg_gmtime(&now);
 
 	return psprintf("%04d-%02d-%02d", tm->tm_year + 1900, tm->tm_mon + 1,
@@ -299,9 +314,7 @@ value_of(const Turn *turn, const Placeholder *p)
 	if (is_variable(p, "user_id"))
 		return turn->user_id;
 	if (is_variable(p, "session_id"))
-		return turn->session ?
-			DatumGetCString(DirectFunctionCall1(uuid_out,
-												UUIDPGetDatum(turn->session))) : NULL;
+		return turn->session ? uuid_text(turn->session) : NULL;
 	if (is_variable(p, "date"))
 		return today();
 	if (is_variable(p, "environment"))
@@ -342,7 +355,8 @@ warn_missing(const char *name)
 {
 	static char last[NAMEDATALEN];
 
-	if (MyBackendType == B_BG_WORKER && strncmp(last, name, sizeof(last) - 1) == 0)
+	if (MyBackendType == B_BG_WORKER &&
+		strncmp(last, name, sizeof(last) - 1) == 0)
 		return;
 	strlcpy(last, name, sizeof(last));
 	ereport(WARNING,
@@ -510,21 +524,23 @@ typedef struct Which
 	char		nulls[5];
 } Which;
 
-/* Takes the arguments name, shared and owner, and checks the right to write. */
+/* Takes the arguments name, shared and owner; checks the right to write. */
 static void
 take_which(FunctionCallInfo fcinfo, int shared, const ChatScope *scope,
 		   Which *which)
 {
+	int			owner = shared + 1;
+
 	strcpy(which->nulls, "    ");
 	which->values[0] = PG_GETARG_DATUM(0);
 	if (PG_ARGISNULL(shared) || !PG_GETARG_BOOL(shared))
 	{
 		which->values[1] =
-			ObjectIdGetDatum(chat_user_owner(scope, PG_GETARG_DATUM(shared + 1),
-											 PG_ARGISNULL(shared + 1)));
+			ObjectIdGetDatum(chat_user_owner(scope, PG_GETARG_DATUM(owner),
+											 PG_ARGISNULL(owner)));
 		return;
 	}
-	if (!PG_ARGISNULL(shared + 1))
+	if (!PG_ARGISNULL(owner))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("a shared prompt has no owner")));

@@ -152,9 +152,12 @@ put_scalar(StringInfo out, const JsonbValue *v, int depth)
 	if (v->type == jbvString)
 		put_text(out, v->val.string.val, v->val.string.len, depth);
 	else if (v->type == jbvNumeric)
-		appendStringInfoString(out,
-							   DatumGetCString(DirectFunctionCall1(numeric_out,
-																   NumericGetDatum(v->val.numeric))));
+	{
+		Datum		number = NumericGetDatum(v->val.numeric);
+
+		number = DirectFunctionCall1(numeric_out, number);
+		appendStringInfoString(out, DatumGetCString(number));
+	}
 	else if (v->type == jbvBool)
 		appendStringInfoString(out, v->val.boolean ? "yes" : "no");
 }
