@@ -1199,7 +1199,7 @@ give_back_work(void *arg)
 static void
 give_back(int code, Datum arg)
 {
-	if (nstreams == 0)
+	if (nstreams == 0 || chat_slot->exit == CHAT_EXIT_ABSENT)
 		return;
 	AbortOutOfAnyTransaction();
 	(void) set_config_option("synchronous_commit", "local", PGC_SUSET,
