@@ -27,6 +27,10 @@
 #define QUEUE_LOOK_INTERVAL 1000
 #define QUEUE_LOOK_LIMIT 0.9
 
+/* from PostgreSQL's epoch to that of Unix, in ms */
+#define EPOCH_SHIFT \
+	((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY * 1000)
+
 const ChatDeltaType chat_text_delta = {"text-delta", "id", "delta"};
 const ChatDeltaType chat_reasoning_delta = {"reasoning-delta", "id", "delta"};
 const ChatDeltaType chat_tool_input_delta =
@@ -339,7 +343,7 @@ void
 chat_event_heartbeat(const char *channel, const char *task)
 {
 	char	   *payload = psprintf("{\"type\":\"data-heartbeat\",\"data\":{\"at\":" INT64_FORMAT "},\"transient\":true,\"taskId\":\"%s\"}",
-								   (int64) (GetCurrentTimestamp() / 1000), task);
+								   (int64) (GetCurrentTimestamp() / 1000) + EPOCH_SHIFT, task);
 
 	Async_Notify(channel, payload);
 }

@@ -103,6 +103,7 @@ static int64 flush_due = NEVER; /* not before, after an error */
 static int64 check_due = NEVER; /* a stream's timeout */
 static int64 claim_due = 0;		/* 0 = the bell rang */
 static int64 rest_due = NEVER;	/* a retry, or locked jobs */
+static int64 strays_due = 0;	/* tasks without a job: at the start */
 static int	claim_backoff = 0;
 static ClaimMode claim_mode = CLAIM_BATCH;
 static bool turns_due = false;	/* parked tasks have something to do */
@@ -124,6 +125,10 @@ chat_worker_init(void)
 	DefineCustomIntVariable("chat.flush_interval",
 							"Shortest time between two flushes of deltas.",
 							NULL, &flush_interval, 10, 0, 10000,
+							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.heartbeat_interval",
+							"Time between two heartbeats of a task that is silent.",
+							NULL, &heartbeat_interval, 15000, 100, 3600000,
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 }
 
@@ -298,14 +303,24 @@ exit_absent(void)
 	proc_exit(0);
 }
 
-/* Looks for a stream's job among those that are ours. */
+/* Looks for a stream's job among those that are ours, ordered by id. */
 static int
 find_held(const HeldJobs *held, const ChatStream *s)
 {
-	for (int i = 0; i < held->n; i++)
-		if (held->ids[i] == s->job.id && held->epochs[i] == s->job.epoch)
-			return i;
-	return -1;
+	int			low = 0;
+	int			high = held->n;
+
+	while (low < high)
+	{
+		int			mid = low + (high - low) / 2;
+
+		if (held->ids[mid] < s->job.id)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return low < held->n && held->ids[low] == s->job.id &&
+		held->epochs[low] == s->job.epoch ? low : -1;
 }
 
 /* Drops the streams whose job is gone, cancels those that shall end. */
@@ -1139,7 +1154,8 @@ static long
 sleep_time(void)
 {
 	int64		now = chat_stream_clock();
-	int64		due = Min(Min(check_due, beat_due), next_flush());
+	int64		due = Min(Min(check_due, beat_due),
+						  Min(strays_due, next_flush()));
 	long		http = chat_http_timeout();
 
 	due = Min(due, chat_retention_due());
@@ -1152,6 +1168,60 @@ sleep_time(void)
 	if (due == NEVER)
 		return -1;
 	return due <= now ? 0 : (long) Min(due - now, INT_MAX);
+}
+
+/* ---------- tasks that no job will end ---------- */
+
+/* Adds the events that end a stray task to a batch. */
+static void
+collect_stray(ChatEventBatch *batch, const ChatStray *stray)
+{
+	ChatEventTarget target = {.task = stray->task, .slot = stray->slot,
+	.channel = stray->channel};
+	ChatEventLog log = {0};
+
+	strlcpy(target.task_text,
+			DatumGetCString(DirectFunctionCall1(uuid_out,
+												UUIDPGetDatum(&stray->task))),
+			sizeof(target.task_text));
+	chat_event_add(&log, CurrentMemoryContext, "{\"type\":\"reset-step\"}");
+	chat_event_add(&log, CurrentMemoryContext,
+				   "{\"type\":\"error\",\"errorText\":\"" CHAT_STRAY_MESSAGE
+				   "\",\"code\":\"restored\"}");
+	chat_event_add(&log, CurrentMemoryContext,
+				   "{\"type\":\"finish\",\"finishReason\":\"error\"}");
+	(void) chat_event_collect(batch, &target, stray->seq, &log);
+}
+
+/* Transaction: ends the tasks that have no job, in a restored database. */
+static void
+strays_work(void *arg)
+{
+	bool	   *skipped = arg;
+	ChatStray  *strays;
+	ChatEventBatch batch = {0};
+	int			n = chat_queue_strays(&strays, skipped);
+
+	for (int i = 0; i < n; i++)
+		if (strays[i].told)
+			collect_stray(&batch, &strays[i]);
+	write_events(&batch, false);
+	if (n > 0)
+		ereport(LOG,
+				(errmsg("chat worker ends %d tasks that have no job", n),
+				 errdetail("This database was restored or copied, or its queue was emptied.")));
+}
+
+/* Ends stray tasks; looks again when somebody holds a session locked. */
+static void
+end_strays(int64 now)
+{
+	bool		skipped = false;
+
+	if (try_transaction("end tasks without a job", true, strays_work,
+						&skipped))
+		skipped = true;
+	strays_due = skipped ? now + MAX_BACKOFF : NEVER;
 }
 
 /* ---------- the process ---------- */
@@ -1365,6 +1435,8 @@ chat_worker_main(Datum slot)
 			progress();
 		receive();
 		now = chat_stream_clock();
+		if (pg_atomic_exchange_u32(&chat_slot->strays, 0) || strays_due <= now)
+			end_strays(now);
 		if (check_due <= now)
 			check_times(now);
 		if (next_flush() <= now)
