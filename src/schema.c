@@ -8,6 +8,8 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
+
 #include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/table.h"
@@ -415,11 +417,13 @@ names(JsonbValue *properties, const char *name)
 									 (int) strlen(name), &v) != NULL;
 }
 
-/* Finds the argument that takes the whole object, see schema.h. */
-int
-chat_schema_whole(const ChatSignature *s, Jsonb *parameters)
+/*
+ * Finds the json or jsonb argument that the schema does not name, and that
+ * takes the whole object; -1 if there is no one such.
+ */
+static int
+find_whole(const ChatSignature *s, JsonbValue *properties)
 {
-	JsonbValue *properties = member(parameters, "properties");
 	int			found = -1;
 
 	for (int i = 0; i < s->n; i++)
@@ -465,7 +469,7 @@ void
 chat_schema_match(const ChatSignature *s, Jsonb *parameters)
 {
 	JsonbValue *properties = member(parameters, "properties");
-	int			whole = chat_schema_whole(s, parameters);
+	int			whole = find_whole(s, properties);
 
 	for (int i = 0; i < s->n; i++)
 	{

@@ -42,16 +42,10 @@ extern void chat_schema_check(Jsonb *parameters);
 
 /*
  * Raises an error unless the function can be called with what the schema
- * names.
+ * names; one json or jsonb argument that it does not name takes the whole
+ * object.
  */
 extern void chat_schema_match(const ChatSignature *signature,
-							  Jsonb *parameters);
-
-/*
- * The index of the json or jsonb argument that the schema does not name, and
- * that takes the whole object; -1 if there is no one such.
- */
-extern int	chat_schema_whole(const ChatSignature *signature,
 							  Jsonb *parameters);
 
 #endif							/* CHAT_SCHEMA_H */
