@@ -355,6 +355,14 @@ CREATE TRIGGER ring AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON chat.chat_jo
 	FOR EACH STATEMENT EXECUTE FUNCTION chat.chat_job_ring();
 ALTER TABLE chat.chat_job ENABLE ALWAYS TRIGGER ring;
 
+-- Tasks that a restore brings have no job: the worker ends them.
+CREATE FUNCTION chat.chat_task_ring() RETURNS trigger
+	LANGUAGE c AS 'MODULE_PATHNAME', 'chat_task_ring';
+COMMENT ON FUNCTION chat.chat_task_ring() IS
+	'has the workers look for tasks without a job';
+CREATE TRIGGER ring AFTER INSERT ON chat.chat_task
+	FOR EACH STATEMENT EXECUTE FUNCTION chat.chat_task_ring();
+
 --
 -- Internal
 --

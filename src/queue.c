@@ -246,9 +246,50 @@ CHAT_STMT(adopt_calls,
 		  " SELECT id FROM dead",
 		  OIDOID, INT8ARRAYOID);
 
+/*
+ * $1 database: sessions with unfinished tasks and no job.  Every session with
+ * such a task has one, except in a database that was restored or copied, or
+ * whose queue somebody has emptied.
+ */
+#define STRAY_TASK \
+	"t.status IN ('queued', 'running', 'waiting') AND NOT EXISTS" \
+	" (SELECT FROM chat.chat_job AS j WHERE j.session_id = t.session_id" \
+	"  AND j.database = $1)"
+
+CHAT_STMT(count_strays,
+		  "SELECT count(DISTINCT t.session_id) FROM chat.chat_task AS t"
+		  " WHERE " STRAY_TASK,
+		  OIDOID);
+
+/* $1 database: the same, locked */
+CHAT_STMT(lock_strays,
+		  "SELECT s.id FROM chat.chat_session AS s WHERE s.id IN"
+		  "  (SELECT t.session_id FROM chat.chat_task AS t WHERE " STRAY_TASK ")"
+		  " ORDER BY s.id FOR NO KEY UPDATE OF s SKIP LOCKED",
+		  OIDOID);
+
+/* $1 database, $2 first run of this timeline, $3 sessions, locked */
+CHAT_STMT(end_strays,
+		  "WITH foreign_job AS ("
+		  " DELETE FROM chat.chat_job AS j WHERE j.database <> $1"
+		  "  AND j.session_id = ANY ($3)"
+		  "), task AS ("
+		  " UPDATE chat.chat_task AS t SET status = 'failed',"
+		  "  finished_at = now(), run = GREATEST(t.run + 1, $2),"
+		  "  error = '{\"code\": \"restored\", \"retryable\": true,"
+		  "   \"message\": \"" CHAT_STRAY_MESSAGE "\"}'"
+		  " WHERE t.session_id = ANY ($3) AND " STRAY_TASK
+		  " RETURNING t.id, t.session_id, t.run, t.slot)"
+		  " SELECT task.id, task.run, task.slot, s.channel::text,"
+		  "  EXISTS (SELECT FROM chat.chat_event AS e"
+		  "   WHERE e.slot = task.slot AND e.task_id = task.id)"
+		  " FROM task JOIN chat.chat_session AS s ON s.id = task.session_id",
+		  OIDOID, INT4OID, UUIDARRAYOID);
+
 /* $1 holder */
 CHAT_STMT(held_jobs,
-		  "SELECT id, epoch, cancel FROM chat.chat_job WHERE holder = $1",
+		  "SELECT id, epoch, cancel FROM chat.chat_job WHERE holder = $1"
+		  " ORDER BY id",
 		  INT8OID);
 
 /* $1 holder */
@@ -535,6 +576,48 @@ chat_queue_adopt(const int64 *live, int nlive)
 	params[1] = make_array(&int8_param, values, NULL, nlive);
 	n = (int) chat_db_exec(&adopt_orphans, params, NULL);
 	return n + (int) chat_db_exec(&adopt_calls, params, NULL);
+}
+
+/*
+ * Ends the tasks that no job will end; returns how many.  skipped = somebody
+ * holds one of their sessions locked: look again later.
+ */
+int
+chat_queue_strays(ChatStray **strays, bool *skipped)
+{
+	Datum		params[3] = {ObjectIdGetDatum(MyDatabaseId)};
+	int64		sessions;
+	int			n;
+	Datum	   *values;
+	pg_uuid_t  *ids;
+
+	chat_db_exec(&count_strays, params, NULL);
+	sessions = chat_db_int64(0, 1, 0);
+	n = sessions > 0 ? (int) chat_db_exec(&lock_strays, params, NULL) : 0;
+	*skipped = sessions > n;
+	values = palloc(sizeof(Datum) * (n + 1));
+	ids = palloc(sizeof(pg_uuid_t) * (n + 1));
+	for (int i = 0; i < n; i++)
+	{
+		ids[i] = chat_db_uuid(i, 1);
+		values[i] = UUIDPGetDatum(&ids[i]);
+	}
+	params[1] = Int32GetDatum(chat_queue_first_run());
+	params[2] = make_array(&uuid_param, values, NULL, n);
+	n = n > 0 ? (int) chat_db_exec(&end_strays, params, NULL) : 0;
+	*strays = palloc0(sizeof(ChatStray) * (n + 1));
+	for (int i = 0; i < n; i++)
+	{
+		ChatStray  *s = &(*strays)[i];
+		bool		isnull;
+
+		s->task = chat_db_uuid(i, 1);
+		s->seq = (int64) chat_db_int32(i, 2, 0) << 32;
+		s->slot = DatumGetInt16(chat_db_datum(i, 3, &isnull));
+		s->channel = chat_db_text(i, 4);
+		s->told = !isnull && chat_db_bool(i, 5);
+	}
+	return n;
 }
 
 /* Lists the jobs that are ours in the table; returns how many. */

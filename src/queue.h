@@ -83,11 +83,25 @@ typedef struct ChatQueueRest
 	TimestampTz next_run;		/* of jobs not yet due, DT_NOEND = none */
 } ChatQueueRest;
 
+#define CHAT_STRAY_MESSAGE \
+	"the task has lost its job: the database was restored or copied"
+
+/* A task that was ended because no job would ever have ended it. */
+typedef struct ChatStray
+{
+	pg_uuid_t	task;
+	bool		told;			/* it has events: they need an end */
+	int64		seq;			/* of the last event: a new run's */
+	int16		slot;
+	char	   *channel;
+} ChatStray;
+
 extern int	chat_queue_claim(int64 holder, int limit, bool bare,
 							 ChatJob **jobs, ChatQueueRest *rest);
 extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
 extern int	chat_queue_adopt(const int64 *live, int nlive);
+extern int	chat_queue_strays(ChatStray **strays, bool *skipped);
 extern int	chat_queue_held(int64 holder, int64 **ids, int64 **epochs,
 							bool **cancels);
 extern int	chat_queue_lock(ChatEnd **ends, int n, ChatEnd **locked);

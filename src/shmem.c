@@ -49,6 +49,7 @@ static shmem_startup_hook_type prev_startup_hook = NULL;
 /* what this transaction has to do at its commit */
 static bool ring_wanted = false;
 static bool recheck_wanted = false;
+static bool strays_wanted = false;
 static bool check_wanted = false;
 static bool publish_wanted = false;
 static bool publish_buckets[WAIT_BUCKETS];
@@ -79,6 +80,7 @@ init_slot(ChatSlot *slot)
 	pg_atomic_init_u32(&slot->proc, 0);
 	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
 	pg_atomic_init_u32(&slot->recheck, 0);
+	pg_atomic_init_u32(&slot->strays, 0);
 	pg_atomic_init_u32(&slot->progress_due, 0);
 	for (size_t i = 0; i < sizeof(ChatCounters) / sizeof(pg_atomic_uint64); i++)
 		pg_atomic_init_u64(&((pg_atomic_uint64 *) &slot->counters)[i], 0);
@@ -147,7 +149,7 @@ at_transaction_end(XactEvent event, void *arg)
 		default:
 			return;
 	}
-	ring_wanted = recheck_wanted = check_wanted = false;
+	ring_wanted = recheck_wanted = check_wanted = strays_wanted = false;
 	if (publish_wanted)
 		memset(publish_buckets, 0, sizeof(publish_buckets));
 	publish_wanted = false;
@@ -360,6 +362,8 @@ chat_shmem_ring(Oid database, bool recheck)
 			continue;
 		if (recheck)
 			pg_atomic_write_u32(&slot->recheck, 1);
+		if (strays_wanted)
+			pg_atomic_write_u32(&slot->strays, 1);
 		pg_memory_barrier();
 		SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
 	}
@@ -397,6 +401,14 @@ chat_shmem_ring_at_commit(bool recheck)
 {
 	ring_wanted = true;
 	recheck_wanted |= recheck;
+}
+
+/* Has the workers look for tasks without a job when it has committed. */
+void
+chat_shmem_strays_at_commit(void)
+{
+	ring_wanted = true;
+	strays_wanted = true;
 }
 
 /* Has the launcher look at this database when the transaction committed. */

@@ -35,7 +35,11 @@
 
 static int	max_message_length = 64000;
 
+/* true while our own statement inserts a task, with its job */
+static bool adding_task = false;
+
 PG_FUNCTION_INFO_V1(chat_job_ring);
+PG_FUNCTION_INFO_V1(chat_task_ring);
 PG_FUNCTION_INFO_V1(chat_stream_chat_completion);
 PG_FUNCTION_INFO_V1(chat_cancel_task);
 PG_FUNCTION_INFO_V1(chat_ask);
@@ -132,6 +136,24 @@ chat_job_ring(PG_FUNCTION_ARGS)
 				 errmsg("chat_job_ring was not called by a trigger")));
 	event = ((TriggerData *) fcinfo->context)->tg_event;
 	chat_shmem_ring_at_commit(!TRIGGER_FIRED_BY_INSERT(event));
+	if (TRIGGER_FIRED_BY_TRUNCATE(event))
+		chat_shmem_strays_at_commit();
+	return PointerGetDatum(NULL);
+}
+
+/*
+ * Trigger on chat_task: whoever inserts there but us (a restore) may leave
+ * tasks that no job will ever end.
+ */
+Datum
+chat_task_ring(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("chat_task_ring was not called by a trigger")));
+	if (!adding_task)
+		chat_shmem_strays_at_commit();
 	return PointerGetDatum(NULL);
 }
 
@@ -293,7 +315,16 @@ chat_task_queue(const ChatScope *scope, const ChatCall *c)
 		: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
 	values[7] = ObjectIdGetDatum(owner);
 	values[8] = ObjectIdGetDatum(MyDatabaseId);
-	chat_db_exec(&add_task, values, nulls);
+	PG_TRY();
+	{
+		adding_task = true;
+		chat_db_exec(&add_task, values, nulls);
+	}
+	PG_FINALLY();
+	{
+		adding_task = false;
+	}
+	PG_END_TRY();
 	return chat_db_uuid(0, 1);
 }
 
