@@ -23,6 +23,7 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "access/xlog.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "funcapi.h"
@@ -262,8 +263,8 @@ stop_waiting(int code, Datum task)
 }
 
 /*
- * Reads; with nothing there, sleeps until the task has moved.  False: that
- * happened, look again.
+ * Reads; with nothing there, sleeps until the task has moved or the time has
+ * come.  False: it has slept, look again.
  */
 static bool
 try_answer(const Question *q, Answer *a, TimestampTz until)
@@ -278,17 +279,26 @@ try_answer(const Question *q, Answer *a, TimestampTz until)
 		answer_query(q, a);
 		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
 		if (a->events.n == 0 && !a->ended && left > 0)
-			done = !chat_shmem_wait(q->task, seen, left);
+		{
+			(void) chat_shmem_wait(q->task, seen, left);
+			done = false;
+		}
 	}
 	PG_END_ENSURE_ERROR_CLEANUP(stop_waiting, UUIDPGetDatum(q->task));
 	stop_waiting(0, UUIDPGetDatum(q->task));
 	return done;
 }
 
-/* Raises an error where every statement has the transaction's snapshot. */
+/* Raises an error where nothing new would be seen, or nobody would wake us. */
 static void
-require_new_snapshots(void)
+require_news(void)
 {
+	chat_shmem_require();
+	if (RecoveryInProgress())
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("cannot wait for events during recovery"),
+				 errhint("Wait on the primary, or read with chat.get_task_events().")));
 	if (IsolationUsesXactSnapshot())
 		ereport(ERROR,
 				(errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
@@ -312,8 +322,7 @@ await_answer(const Question *q, Answer *a, int64 timeout)
 		answer_query(q, a);
 		return;
 	}
-	chat_shmem_require();
-	require_new_snapshots();
+	require_news();
 	until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), timeout);
 	/* lives as long as the answer: a child, emptied before each new try */
 	attempt = AllocSetContextCreate(context, "chat reader",
@@ -413,7 +422,7 @@ chat_wait_task_events(PG_FUNCTION_ARGS)
 	int64		timeout = read_timeout(fcinfo, 2);
 	Answer		a;
 
-	require_new_snapshots();
+	require_news();
 	InitMaterializedSRF(fcinfo, 0);
 	await_answer(&q, &a, timeout);
 	put_events((ReturnSetInfo *) fcinfo->resultinfo, &a.events);
@@ -483,11 +492,12 @@ mark_void(const ChatEventRows *events, int64 after, int protocol,
 		{
 			/* a finished step stays: there is nothing to take back */
 			void_rows[i] = !open || protocol < 7;
-			for (int j = step; open && protocol < 7 && j < i; j++)
+			if (open && protocol < 7)
 			{
-				seen |= events->rows[j].seq <= after &&
-					events->rows[i].seq > after;
-				void_rows[j] = true;
+				/* also what a crash has lost: it is not among the rows */
+				seen |= step > 0 && after > events->rows[step - 1].seq &&
+					after < events->rows[i].seq;
+				memset(void_rows + step, true, sizeof(bool) * (i - step));
 			}
 			step = i + 1;
 		}

@@ -141,6 +141,7 @@ is( scalar $old->query_safe(
 $old->query_safe('COMMIT');
 
 # the stream that went on
+set_retention('1h');
 $fake->open_gate('mid');
 my @notified = $listener->turn($running);
 wait_for_task($node, $running);
@@ -148,9 +149,10 @@ is(text_of(@notified), 't0 t1 t2 t3 t4 t5 ',
 	'a stream that goes on is carried over');
 is_deeply([ map { $_->{seq} } @notified ],
 	[ 1 .. @notified ], 'its numbers go on, too');
+is_deeply([ events($node, $running) ],
+	\@notified, 'all of it is in one place');
 
 # somebody reads a slot, and stays
-set_retention('1h');
 my $held = ask($node, $session->{id}, 'held [[tokens=2]]');
 wait_for_task($node, $held);
 my @stored = stored_events($node, $held);

@@ -152,6 +152,11 @@ like(sse($invented, 22, 6), qr/^id: 23\n/,
 like(sse($invented, 20, 7), qr/^id: 21\n.*\nid: 22\ndata: \{"type":"reset-step"\}\n/s,
 	'protocol 7 has reset-step for that');
 
+# a crash may have lost what a listener was told of
+$node->safe_psql('postgres',
+	"DELETE FROM chat.chat_event WHERE task_id = '$invented' AND seq IN (20, 21)");
+like(sse($invented, 21, 6), qr/^id: 1\n/, 'the same where a crash has lost it');
+
 # resume
 my $all = sse($task{text});
 my ($head, $rest) = $all =~ /^((?:id: \d+\n[^\n]*\n\n){4})(.*)$/s;
