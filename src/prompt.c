@@ -20,6 +20,7 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/memutils.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -136,8 +137,9 @@ chat_prompt_init(void)
 {
 	DefineCustomStringVariable("chat.default_prompt",
 							   "Name of the prompt of sessions that name none.",
-							   NULL, &default_prompt, "default", PGC_SIGHUP,
-							   0, NULL, NULL, NULL);
+							   "When it is empty, they get no system prompt.",
+							   &default_prompt, "default", PGC_SIGHUP, 0,
+							   NULL, NULL, NULL);
 	DefineCustomStringVariable("chat.onboarding_prompt",
 							   "Name of the prompt of a user's first session.",
 							   "When it is empty, that is like any other.",
@@ -396,7 +398,7 @@ onboarding(const Turn *turn)
 	return chat_db_bool(0, 1);
 }
 
-/* Chooses the template of a turn. */
+/* Chooses the template of a turn; NULL when it wants no system prompt. */
 static char *
 choose(const Turn *turn, const char *setting, char **name, int *version)
 {
@@ -412,8 +414,9 @@ choose(const Turn *turn, const char *setting, char **name, int *version)
 	{
 		char	   *template;
 
+		/* an empty name wants none */
 		if (names[i][0] == '\0')
-			continue;
+			return NULL;
 		template = find(turn, names[i], name, version);
 		if (template)
 			return template;
@@ -424,18 +427,27 @@ choose(const Turn *turn, const char *setting, char **name, int *version)
 	return BUILT_IN;
 }
 
-/* Builds the system prompt of a turn. */
+/*
+ * Builds the system prompt of a turn.  Statements leave us in the context of
+ * SPI, but the caller gets text, name and context as if there were none.
+ */
 char *
 chat_prompt_build(Oid owner, const char *user_id, const pg_uuid_t *session,
 				  const char *setting, char **name, int *version)
 {
+	MemoryContext caller = CurrentMemoryContext;
 	Turn		turn = {owner, user_id, session};
+	char	   *text;
 
 	*name = NULL;
 	*version = 0;
-	if (setting && setting[0] == '\0')
-		return NULL;
-	return expand(&turn, choose(&turn, setting, name, version));
+	text = choose(&turn, setting, name, version);
+	if (text)
+		text = expand(&turn, text);
+	MemoryContextSwitchTo(caller);
+	if (*name)
+		*name = pstrdup(*name);
+	return text ? pstrdup(text) : NULL;
 }
 
 /* Records which prompts tasks used. */
@@ -443,6 +455,7 @@ void
 chat_prompt_record(const pg_uuid_t *tasks, char **names, const int *versions,
 				   int n)
 {
+	MemoryContext caller = CurrentMemoryContext;
 	Datum	   *values[3];
 	Datum		params[3];
 	int			used = 0;
@@ -467,6 +480,7 @@ chat_prompt_record(const pg_uuid_t *tasks, char **names, const int *versions,
 	params[2] = PointerGetDatum(construct_array(values[2], used, INT4OID, 4,
 												true, TYPALIGN_INT));
 	chat_db_exec(&record_prompts, params, NULL);
+	MemoryContextSwitchTo(caller);
 }
 
 /* build_system_prompt: returns the text; NULL if there is no such session. */
