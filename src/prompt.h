@@ -16,9 +16,9 @@ extern void chat_prompt_init(void);
  * Builds the system prompt of a turn, between chat_db_enter() and
  * chat_db_leave(): two or three statements by key.  setting is the session's
  * setting "prompt", NULL = none.  NULL is returned when that, or else
- * chat.default_prompt, is empty: no system prompt.  *name and *version say which was used, NULL and 0 the
- * built-in one.  user_id and session may be NULL.  What is returned is in the
- * caller's memory context.
+ * chat.default_prompt, is empty: no system prompt.  *name and *version say
+ * which was used, NULL and 0 the built-in one.  user_id and session may be
+ * NULL.  What is returned is in the caller's memory context.
  */
 extern char *chat_prompt_build(Oid owner, const char *user_id,
 							   const pg_uuid_t *session, const char *setting,
