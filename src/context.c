@@ -32,7 +32,8 @@ static int	max_context_messages = 50;
 
 /* $1 sessions, $2 how many messages of each */
 CHAT_STMT(load_messages,
-		  "SELECT w.n::int," CHAT_CONTEXT_COLUMNS ", m.metadata->>'server'"
+		  "SELECT w.n::int," CHAT_CONTEXT_COLUMNS ", m.metadata->>'server',"
+		  " m.sequence"
 		  " FROM unnest($1, $2) WITH ORDINALITY AS w (id, most, n),"
 		  " LATERAL (SELECT * FROM chat.chat_message AS c"
 		  "  WHERE c.session_id = w.id AND c.active"
@@ -47,6 +48,22 @@ CHAT_STMT(last_results,
 		  "  ON m.session_id = c.session_id AND m.sequence = c.sequence"
 		  " WHERE c.task_id = $1 AND c.step = $2 ORDER BY c.position",
 		  UUIDOID, INT4OID);
+
+/*
+ * $1 session, $2 sequence: the messages from the last step boundary before
+ * it, or from the newest user message if that is earlier.
+ */
+CHAT_STMT(load_earlier,
+		  "SELECT 1," CHAT_CONTEXT_COLUMNS ", m.metadata->>'server'"
+		  " FROM chat.chat_message AS m"
+		  " WHERE m.session_id = $1 AND m.active AND m.sequence >="
+		  "  LEAST((SELECT max(b.sequence) FROM chat.chat_message AS b"
+		  "   WHERE b.session_id = $1 AND b.active AND b.sequence <= $2"
+		  "    AND b.role <> 'tool'),"
+		  "  (SELECT max(u.sequence) FROM chat.chat_message AS u"
+		  "   WHERE u.session_id = $1 AND u.active AND u.role = 'user'))"
+		  " ORDER BY m.sequence",
+		  UUIDOID, INT8OID);
 
 /* Declares the settings of contexts. */
 void
@@ -161,6 +178,13 @@ parse(const char *text)
 											  CStringGetDatum(text)));
 }
 
+/* Returns a setting of a job's session as text, NULL if it has none. */
+char *
+chat_context_setting(const ChatJob *job, const char *name)
+{
+	return member(&parse(job->settings)->root, name);
+}
+
 /* Returns how many messages a job's session wants in its requests. */
 static int64
 wanted_messages(const ChatJob *job)
@@ -172,6 +196,47 @@ wanted_messages(const ChatJob *job)
 		: max_context_messages;
 }
 
+/* True if a message's role is the given one. */
+static bool
+has_role(const ChatMessage *m, const char *role)
+{
+	return m->role.len == strlen(role) &&
+		memcmp(m->role.data, role, m->role.len) == 0;
+}
+
+/* Reads n messages of the last result, from a row on. */
+static void
+read_messages(ChatContext *c, uint64 row, int n, const char *server)
+{
+	c->n = n;
+	c->messages = palloc0(sizeof(ChatMessage) * Max(n, 1));
+	for (int i = 0; i < n; i++, row++)
+	{
+		char	   *from = chat_db_text(row, CHAT_CONTEXT_NCOLUMNS + 2);
+
+		chat_context_row(&c->messages[i], row, 2);
+		/* what is opaque goes back only to the server it came from */
+		c->messages[i].foreign = from == NULL || strcmp(from, server) != 0;
+	}
+}
+
+/*
+ * True if the window of the newest messages begins within a step, or holds
+ * no question.
+ */
+static bool
+is_torn(const ChatContext *c)
+{
+	if (c->n == 0)
+		return false;
+	if (has_role(&c->messages[0], "tool"))
+		return true;
+	for (int i = c->n - 1; i >= 0; i--)
+		if (has_role(&c->messages[i], "user"))
+			return false;
+	return true;
+}
+
 /* Reads the messages of a claim's sessions. */
 void
 chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
@@ -179,6 +244,8 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	Datum	   *ids = palloc(sizeof(Datum) * n);
 	Datum	   *most = palloc(sizeof(Datum) * n);
 	Datum		params[2];
+	int64	   *first = palloc0(sizeof(int64) * n);
+	int		   *counts = palloc0(sizeof(int) * n);
 	uint64		rows;
 
 	for (int i = 0; i < n; i++)
@@ -194,30 +261,25 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	rows = chat_db_exec(&load_messages, params, NULL);
 	memset(contexts, 0, sizeof(ChatContext) * n);
 	for (uint64 row = 0; row < rows; row++)
-		contexts[chat_db_int32(row, 1, 0) - 1].n++;
-	for (uint64 row = 0, i = 0; row < rows; i++)
+		counts[chat_db_int32(row, 1, 0) - 1]++;
+	for (uint64 row = 0; row < rows;)
 	{
-		ChatContext *c = &contexts[chat_db_int32(row, 1, 0) - 1];
-		const char *server = jobs[c - contexts].server;
+		int			i = chat_db_int32(row, 1, 0) - 1;
 
-		c->messages = palloc0(sizeof(ChatMessage) * c->n);
-		for (int m = 0; m < c->n; m++, row++)
-		{
-			char	   *from = chat_db_text(row, CHAT_CONTEXT_NCOLUMNS + 2);
-
-			chat_context_row(&c->messages[m], row, 2);
-			/* what is opaque goes back only to the server it came from */
-			c->messages[m].foreign = from == NULL || strcmp(from, server) != 0;
-		}
+		first[i] = chat_db_int64(row, CHAT_CONTEXT_NCOLUMNS + 3, 0);
+		read_messages(&contexts[i], row, counts[i], jobs[i].server);
+		row += counts[i];
 	}
-}
-
-/* True if a message's role is the given one. */
-static bool
-has_role(const ChatMessage *m, const char *role)
-{
-	return m->role.len == strlen(role) &&
-		memcmp(m->role.data, role, m->role.len) == 0;
+	for (int i = 0; i < n; i++)
+	{
+		if (counts[i] < DatumGetInt64(most[i]) || !is_torn(&contexts[i]))
+			continue;
+		params[0] = ids[i];
+		params[1] = Int64GetDatum(first[i]);
+		rows = chat_db_exec(&load_earlier, params, NULL);
+		if (rows > 0)
+			read_messages(&contexts[i], 0, (int) rows, jobs[i].server);
+	}
 }
 
 /* True if two pieces of text are the same. */
@@ -369,7 +431,8 @@ apply_times(JsonbContainer *settings, ChatServer *server)
 /* Builds the body of a job's request: session's settings over the server's. */
 char *
 chat_context_request(const ChatJob *job, ChatServer *server,
-					 const ChatContext *context, const char *tools, int *len)
+					 const ChatContext *context, const char *system,
+					 const char *tools, int *len)
 {
 	JsonbContainer *settings = &parse(job->settings)->root;
 	ChatRequest req = {0};
@@ -403,6 +466,7 @@ chat_context_request(const ChatJob *job, ChatServer *server,
 													   session,
 													   uuid_text(&job->task)),
 							   member(settings, "extra_body")));
+	req.system = str(system);
 	req.tools = str(tools);
 	if (tools)
 	{

@@ -65,6 +65,10 @@ extern void chat_context_close(const ChatJob *job, ChatContext *context);
  */
 extern char *chat_context_request(const ChatJob *job, ChatServer *server,
 								  const ChatContext *context,
-								  const char *tools, int *len);
+								  const char *system, const char *tools,
+								  int *len);
+
+/* Returns a setting of a job's session as text, NULL if it has none. */
+extern char *chat_context_setting(const ChatJob *job, const char *name);
 
 #endif							/* CHAT_CONTEXT_H */

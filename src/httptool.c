@@ -313,7 +313,8 @@ send_request(HttpCall *c)
 	all[n + 2] = psprintf("X-Chat-Tool-Call-Id: %s", header_safe(c->call_id));
 	all[n + 3] = psprintf("X-Chat-Operation-Id: %s", operation);
 	all[n + 4] = psprintf("Idempotency-Key: %s", operation);
-	req.url = chat_server_url(endpoint, c->path ? c->path : "");
+	req.url = c->path ? chat_server_url(endpoint, c->path)
+		: endpoint->base_url;
 	req.body = request_body(c);
 	req.body_len = strlen(req.body);
 	req.headers = (const char *const *) all;

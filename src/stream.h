@@ -57,6 +57,8 @@ typedef struct ChatStream
 	char	   *request;		/* body, until it is sent */
 	int			request_len;
 	int64		prompt_estimate;	/* tokens */
+	char	   *prompt_name;	/* of the system prompt, NULL = built-in */
+	int			prompt_version;
 	ChatTransfer *transfer;
 	ChatSse		sse;
 	bool		plain;			/* a body, not a stream of events */
@@ -104,6 +106,7 @@ extern int64 chat_stream_check_time(ChatStream *stream, int64 now);
 extern void chat_stream_fail(ChatStream *stream, ChatErrorKind kind,
 							 bool retryable, int status, const char *message);
 extern void chat_stream_cancel(ChatStream *stream);
+extern void chat_stream_close(ChatStream *stream);
 extern void chat_stream_free(ChatStream *stream);
 extern int64 chat_stream_clock(void);
 

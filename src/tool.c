@@ -127,6 +127,20 @@ CHAT_STMT(waiting_roles,
 		  " GROUP BY j.owner ORDER BY min(j.id)",
 		  OIDOID);
 
+/*
+ * $1 database, $2 role: makes the tasks due whose calls nobody can run; first,
+ * for all who end a call lock the task's job before the call
+ */
+CHAT_STMT(ring_waiting,
+		  "UPDATE chat.chat_job AS p SET run_at = '-infinity'"
+		  " FROM chat.chat_job AS j JOIN chat.chat_tool_call AS c"
+		  "  ON c.operation_id = j.operation_id AND c.kind = 'sql'"
+		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
+		  "  AND j.owner = $2 AND p.session_id = j.session_id"
+		  "  AND p.task_id = j.task_id AND p.kind = 'completion'"
+		  "  AND p.parked",
+		  OIDOID, OIDOID);
+
 /* $1 database, $2 role, $3 why: fails the calls that nobody can run */
 CHAT_STMT(fail_calls,
 		  "WITH gone AS ("
@@ -134,17 +148,13 @@ CHAT_STMT(fail_calls,
 		  " WHERE c.operation_id = j.operation_id AND c.kind = 'sql'"
 		  "  AND j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
 		  "  AND j.owner = $2"
-		  " RETURNING j.operation_id, j.session_id, j.task_id"
-		  "), call AS ("
+		  " RETURNING j.operation_id)"
 		  " UPDATE chat.chat_tool_call AS c SET status = 'failed',"
 		  "  ended_at = now(), result = json_build_object('type', 'error',"
 		  "   'message', 'Tool ' || c.name || ' failed: ' || $3,"
 		  "   'code', 'tool_not_available')::text"
-		  " FROM gone WHERE c.operation_id = gone.operation_id"
-		  "  AND c.ended_at IS NULL)"
-		  " UPDATE chat.chat_job AS p SET run_at = '-infinity' FROM gone"
-		  " WHERE p.session_id = gone.session_id AND p.task_id = gone.task_id"
-		  "  AND p.kind = 'completion' AND p.parked",
+		  "  FROM gone WHERE c.operation_id = gone.operation_id"
+		  "  AND c.ended_at IS NULL",
 		  OIDOID, OIDOID, TEXTOID);
 
 /* What the scheduler knows of a role. */
@@ -220,6 +230,7 @@ chat_tool_judge(void)
 			continue;
 		values[1] = ObjectIdGetDatum(r->role);
 		values[2] = CStringGetTextDatum(reason);
+		chat_db_exec(&ring_waiting, values, NULL);
 		chat_db_exec(&fail_calls, values, NULL);
 		r->calls = r->false_starts = 0;
 	}

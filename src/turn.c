@@ -265,10 +265,11 @@ CHAT_STMT(leave_turns,
 		  "  answer_id = CASE WHEN job.parked THEN t.answer_id"
 		  "   ELSE gen_random_uuid() END"
 		  " FROM job WHERE t.id = job.task_id)"
-		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
-		  "  database)"
-		  " SELECT 'completion', job.session_id, q.id, job.owner, $2"
-		  " FROM job CROSS JOIN LATERAL (SELECT t.id FROM chat.chat_task AS t"
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
+		  "  owner, database, cancel)"
+		  " SELECT 'completion', job.session_id, q.id, q.server, job.owner,"
+		  "  $2, q.superseded IS NOT NULL"
+		  " FROM job CROSS JOIN LATERAL (SELECT t.* FROM chat.chat_task AS t"
 		  "  WHERE t.session_id = job.session_id AND t.status = 'queued'"
 		  "  ORDER BY t.place LIMIT 1) AS q"
 		  " WHERE job.detached AND NOT EXISTS (SELECT FROM chat.chat_job AS o"
@@ -1100,7 +1101,6 @@ chat_turn_progress(const pg_uuid_t *operation, const char *report,
 	Int32GetDatum(chat_queue_first_run())};
 	Turn		t = {0};
 	Call		c = {0};
-	StringInfoData json;
 
 	if (chat_db_exec(&next_seq, values, NULL) == 0)
 		return false;

@@ -49,6 +49,7 @@
 #include "event.h"
 #include "http.h"
 #include "httptool.h"
+#include "prompt.h"
 #include "queue.h"
 #include "registry.h"
 #include "retention.h"
@@ -724,6 +725,32 @@ typedef struct Claim
 	int64	   *seqs;
 } Claim;
 
+/* Builds a job's system prompt and notes which one it was. */
+static char *
+system_prompt(ChatStream *s, const ChatJob *job)
+{
+	return chat_prompt_build(job->owner, job->user_id, &job->session,
+							 chat_context_setting(job, "prompt"),
+							 &s->prompt_name, &s->prompt_version);
+}
+
+/* Records which system prompts the requests of a claim use. */
+static void
+record_prompts(const Claim *c)
+{
+	pg_uuid_t  *tasks = palloc(sizeof(pg_uuid_t) * c->n);
+	char	  **names = palloc(sizeof(char *) * c->n);
+	int		   *versions = palloc(sizeof(int) * c->n);
+
+	for (int i = 0; i < c->n; i++)
+	{
+		tasks[i] = c->streams[i]->job.task;
+		names[i] = c->streams[i]->prompt_name;
+		versions[i] = c->streams[i]->prompt_version;
+	}
+	chat_prompt_record(tasks, names, versions, c->n);
+}
+
 /*
  * Reads a job's endpoint and key and builds its request.  An error of this
  * one job (server dropped, key unreadable) leaves the transaction usable.
@@ -742,7 +769,8 @@ prepare(ChatStream *s, const ChatJob *job, const ChatContext *context,
 		s->server = chat_server_load(job->server, false);
 		chat_server_check(job->server, job->owner, "any");
 		s->key = chat_server_key(s->server, job->owner);
-		s->request = chat_context_request(job, s->server, context, tools,
+		s->request = chat_context_request(job, s->server, context,
+										  system_prompt(s, job), tools,
 										  &s->request_len);
 		s->prompt_estimate = s->request_len / 4;
 		MemoryContextSwitchTo(old);
@@ -829,6 +857,7 @@ claim_work(void *arg)
 	c->n = n;
 	chat_registry_load(jobs, n, tools);
 	make_streams(c, jobs, contexts, tools);
+	record_prompts(c);
 	for (int i = 0; i < n; i++)
 		c->seqs[i] = chat_event_collect(&batch, &c->streams[i]->target,
 										c->streams[i]->seq,

@@ -94,6 +94,7 @@ max_connections = 60
 max_worker_processes = 32
 max_prepared_transactions = 10
 log_statement = none
+chat.default_prompt = ''
 $conf
 EOF
 	return $node unless $start;
