@@ -1418,14 +1418,20 @@ receive(void)
 	while ((t = chat_http_next()) != NULL)
 	{
 		ChatStream *s = t->owner;
+		bool		waiting;
 
 		if (t->is_tool)
 		{
 			(void) chat_httptool_receive(t);
 			continue;
 		}
+		waiting = s->first_content_at == 0;
 		if (chat_stream_receive(s))
 			mark_dirty(s);
+		/* from the first content on another, maybe shorter limit holds */
+		if (waiting && s->first_content_at != 0)
+			check_due = Min(check_due,
+							chat_stream_check_time(s, s->content_at));
 		if (s->log.text.len > MAX_PENDING)
 			chat_http_pause(t, true);
 	}
