@@ -53,10 +53,12 @@
 
 #if PG_VERSION_NUM >= 170000
 #define chat_wait_event(name) WaitEventExtensionNew(name)
+#define chat_wait_event_set(n) CreateWaitEventSet(NULL, (n))
 #define chat_proc_by_number(n) GetPGProcByNumber(n)
 #define chat_my_proc_number() ((int) MyProcNumber)
 #else
 #define chat_wait_event(name) PG_WAIT_EXTENSION
+#define chat_wait_event_set(n) CreateWaitEventSet(TopMemoryContext, (n))
 #define chat_proc_by_number(n) (&ProcGlobal->allProcs[(n)])
 #define chat_my_proc_number() ((int) MyProc->pgprocno)
 #endif

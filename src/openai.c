@@ -219,7 +219,7 @@ raw_token(const JsonLexContext *lex)
 /* --- Reading a payload --- */
 
 /* What an open object or array is. */
-typedef enum Node
+typedef enum NodeKind
 {
 	NODE_IGNORED,
 	NODE_ROOT,
@@ -243,7 +243,7 @@ typedef enum Node
 	NODE_ERROR_METADATA,
 	NODE_DETAILS,
 	NODE_DETAIL
-} Node;
+} NodeKind;
 
 #define NODE_COUNT (NODE_DETAIL + 1)
 
@@ -273,7 +273,7 @@ typedef struct Parse
 {
 	JsonLexContext *lex;
 	int			depth;			/* open objects and arrays */
-	Node		next;			/* what the one that starts now will be */
+	NodeKind	next;			/* what the one that starts now will be */
 	unsigned char stack[CHAT_JSON_MAX_DEPTH + 1];
 	ChatStr    *raw;			/* where a raw value goes at its end */
 	ChatStr		raw_from;		/* its start */
@@ -478,10 +478,10 @@ static const unsigned char elements[NODE_COUNT] = {
 };
 
 /* The object or array that is open. */
-static Node
+static NodeKind
 here(const Parse *ps)
 {
-	return (Node) ps->stack[ps->depth];
+	return (NodeKind) ps->stack[ps->depth];
 }
 
 /* Appends to a text; the first piece is not copied. */
@@ -593,7 +593,7 @@ take(Parse *ps, const Rule *rule, JsonTokenType type)
 static void
 keep_unknown(Parse *ps, ChatStr name)
 {
-	Node		node = here(ps);
+	NodeKind	node = here(ps);
 
 	if (node != NODE_TOOL && node != NODE_FUNCTION)
 		return;
@@ -629,9 +629,9 @@ member_start(void *state, char *fname, bool isnull)
 	if (rule->key == NULL)
 		keep_unknown(ps, raw);
 	else if (type == JSON_TOKEN_OBJECT_START && rule->object != NODE_IGNORED)
-		ps->next = (Node) rule->object;
+		ps->next = (NodeKind) rule->object;
 	else if (type == JSON_TOKEN_ARRAY_START && rule->array != NODE_IGNORED)
-		ps->next = (Node) rule->array;
+		ps->next = (NodeKind) rule->array;
 	else
 		take(ps, rule, type);
 	CHAT_JSON_GO_ON;
@@ -669,12 +669,12 @@ element_start(void *state, bool isnull)
 {
 	Parse	   *ps = state;
 	JsonTokenType type = ps->lex->token_type;
-	Node		node = here(ps);
+	NodeKind	node = here(ps);
 
 	(void) isnull;
 	ps->next = NODE_IGNORED;
 	if (type == JSON_TOKEN_OBJECT_START)
-		ps->next = (Node) elements[node];
+		ps->next = (NodeKind) elements[node];
 	else if (type == JSON_TOKEN_STRING && node == NODE_PARTS)
 		grow(&ps->text, unescape(inside(raw_token(ps->lex))));
 	CHAT_JSON_GO_ON;
@@ -746,7 +746,7 @@ end_tool(Parse *ps)
 
 /* Opens an object or array. */
 static void
-open_node(Parse *ps, Node node)
+open_node(Parse *ps, NodeKind node)
 {
 	ps->stack[++ps->depth] = (unsigned char) node;
 	ps->next = NODE_IGNORED;

@@ -1399,7 +1399,7 @@ start_up(int slot)
 	require_extension();
 	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	set_limit();
-	set = CreateWaitEventSet(TopMemoryContext, 3);
+	set = chat_wait_event_set(3);
 	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
 	AddWaitEventToSet(set, WL_SOCKET_READABLE, chat_http_start(), NULL, NULL);

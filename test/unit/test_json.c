@@ -80,7 +80,7 @@ test_clean(void)
 static void
 test_depth(void)
 {
-	char		deep[400];
+	char		deep[400] = {0};
 	size_t		need = 0;
 
 	memset(deep, '[', 64);
