@@ -50,11 +50,15 @@ palloc(Size size)
 	return block + 1;
 }
 
+/* Frees a block; like the one of programs it takes NULL, which 18 needs. */
 void
 pfree(void *p)
 {
-	ArenaBlock *block = (ArenaBlock *) p - 1;
+	ArenaBlock *block;
 
+	if (p == NULL)
+		return;
+	block = (ArenaBlock *) p - 1;
 	block->prev->next = block->next;
 	block->next->prev = block->prev;
 	arena_used -= block->size;
@@ -134,8 +138,7 @@ pg_strdup(const char *s)
 void
 pg_free(void *p)
 {
-	if (p != NULL)
-		pfree(p);
+	pfree(p);
 }
 
 #endif							/* CHAT_ARENA_H */
