@@ -30,15 +30,20 @@
 
 static int	max_context_messages = 50;
 
+/* A row of a result, to be put in order. */
+typedef struct SequencedRow
+{
+	int64		sequence;
+	uint64		row;
+} SequencedRow;
+
 /* $1 sessions, $2 how many messages of each */
 CHAT_STMT(load_messages,
-		  "SELECT w.n::int," CHAT_CONTEXT_COLUMNS ", m.metadata->>'server',"
-		  " m.sequence"
+		  "SELECT w.n::int," CHAT_CONTEXT_COLUMNS
 		  " FROM unnest($1, $2) WITH ORDINALITY AS w (id, most, n),"
 		  " LATERAL (SELECT * FROM chat.chat_message AS c"
 		  "  WHERE c.session_id = w.id AND c.active"
-		  "  ORDER BY c.sequence DESC LIMIT w.most) AS m"
-		  " ORDER BY w.n, m.sequence",
+		  "  ORDER BY c.sequence DESC LIMIT w.most) AS m",
 		  UUIDARRAYOID, INT8ARRAYOID);
 
 /* $1 task, $2 step: how its calls ended, the result as the model is shown it */
@@ -54,7 +59,7 @@ CHAT_STMT(last_results,
  * it, or from the newest user message if that is earlier.
  */
 CHAT_STMT(load_earlier,
-		  "SELECT 1," CHAT_CONTEXT_COLUMNS ", m.metadata->>'server'"
+		  "SELECT 1," CHAT_CONTEXT_COLUMNS
 		  " FROM chat.chat_message AS m"
 		  " WHERE m.session_id = $1 AND m.active AND m.sequence >="
 		  "  LEAST((SELECT max(b.sequence) FROM chat.chat_message AS b"
@@ -91,9 +96,50 @@ piece(Datum value, bool isnull)
 	return str;
 }
 
+/* Returns a member of an object, of a given kind, as JSON text. */
+static ChatStr
+json_piece(JsonbContainer *object, const char *name, bool array)
+{
+	JsonbValue	v;
+	ChatStr		str = {NULL, 0};
+
+	if (getKeyJsonValueFromContainer(object, name, (int) strlen(name),
+									 &v) == NULL ||
+		v.type != jbvBinary ||
+		(array ? !JsonContainerIsArray(v.val.binary.data)
+		 : !JsonContainerIsObject(v.val.binary.data)))
+		return str;
+	str.data = JsonbToCString(NULL, v.val.binary.data, v.val.binary.len);
+	str.len = strlen(str.data);
+	return str;
+}
+
+/* Reads what a message's metadata mean for a request. */
+static void
+read_metadata(ChatMessage *message, JsonbContainer *metadata,
+			  const char *server)
+{
+	JsonbValue	v;
+
+	message->foreign = server != NULL;
+	if (JsonContainerSize(metadata) == 0)
+		return;
+	message->reasoning_details = json_piece(metadata, "reasoning_details", true);
+	message->context = json_piece(metadata, "context", false);
+	message->interrupted =
+		getKeyJsonValueFromContainer(metadata, "interrupted", 11, &v) &&
+		v.type == jbvBool && v.val.boolean;
+	/* what is opaque goes back only to the server it came from */
+	if (server && getKeyJsonValueFromContainer(metadata, "server", 6, &v) &&
+		v.type == jbvString)
+		message->foreign = strlen(server) != (size_t) v.val.string.len ||
+			memcmp(server, v.val.string.val, v.val.string.len) != 0;
+}
+
 /* Reads one stored message; its texts live as long as the row. */
 void
-chat_context_row(ChatMessage *message, uint64 row, int first)
+chat_context_row(ChatMessage *message, uint64 row, int first,
+				 const char *server)
 {
 	TupleDesc	desc = SPI_tuptable->tupdesc;
 	Datum	   *values = palloc(sizeof(Datum) * desc->natts);
@@ -101,15 +147,15 @@ chat_context_row(ChatMessage *message, uint64 row, int first)
 	ChatStr    *const fields[] = {
 		&message->role, &message->content, &message->name,
 		&message->tool_call_id, &message->refusal, &message->parts,
-		&message->tool_calls, &message->function_call,
-		&message->reasoning_details, &message->context
+		&message->tool_calls, &message->function_call
 	};
 
+	memset(message, 0, sizeof(*message));
 	/* one pass over the tuple instead of one for each column */
 	heap_deform_tuple(SPI_tuptable->vals[row], desc, values, nulls);
 	for (int i = 0; i < (int) lengthof(fields); i++)
-		*fields[i] = piece(values[first - 1 + i], nulls[first - 1 + i]);
-	message->interrupted = DatumGetBool(values[first + 9]);
+		*fields[i] = piece(values[first + i], nulls[first + i]);
+	read_metadata(message, &DatumGetJsonbP(values[first + 8])->root, server);
 	pfree(values);
 	pfree(nulls);
 }
@@ -204,20 +250,37 @@ has_role(const ChatMessage *m, const char *role)
 		memcmp(m->role.data, role, m->role.len) == 0;
 }
 
-/* Reads n messages of the last result, from a row on. */
-static void
+/* Orders messages by their sequence, which stands before each. */
+static int
+compare_sequence(const void *a, const void *b)
+{
+	int64		x = ((const SequencedRow *) a)->sequence;
+	int64		y = ((const SequencedRow *) b)->sequence;
+
+	return x < y ? -1 : x > y;
+}
+
+/*
+ * Reads n messages of the last result, from a row on, and puts them in order:
+ * the statement brings them as its index scan does.  Returns the sequence of
+ * the first.
+ */
+static int64
 read_messages(ChatContext *c, uint64 row, int n, const char *server)
 {
-	c->n = n;
-	c->messages = palloc0(sizeof(ChatMessage) * Max(n, 1));
-	for (int i = 0; i < n; i++, row++)
-	{
-		char	   *from = chat_db_text(row, CHAT_CONTEXT_NCOLUMNS + 2);
+	SequencedRow *rows = palloc(sizeof(SequencedRow) * Max(n, 1));
 
-		chat_context_row(&c->messages[i], row, 2);
-		/* what is opaque goes back only to the server it came from */
-		c->messages[i].foreign = from == NULL || strcmp(from, server) != 0;
+	c->n = n;
+	c->messages = palloc(sizeof(ChatMessage) * Max(n, 1));
+	for (int i = 0; i < n; i++)
+	{
+		rows[i].row = row + i;
+		rows[i].sequence = chat_db_int64(row + i, 2, 0);
 	}
+	qsort(rows, n, sizeof(SequencedRow), compare_sequence);
+	for (int i = 0; i < n; i++)
+		chat_context_row(&c->messages[i], rows[i].row, 2, server);
+	return n > 0 ? rows[0].sequence : 0;
 }
 
 /*
@@ -266,8 +329,8 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	{
 		int			i = chat_db_int32(row, 1, 0) - 1;
 
-		first[i] = chat_db_int64(row, CHAT_CONTEXT_NCOLUMNS + 3, 0);
-		read_messages(&contexts[i], row, counts[i], jobs[i].server);
+		first[i] = read_messages(&contexts[i], row, counts[i],
+								 jobs[i].server);
 		row += counts[i];
 	}
 	for (int i = 0; i < n; i++)
@@ -278,7 +341,7 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 		params[1] = Int64GetDatum(first[i]);
 		rows = chat_db_exec(&load_earlier, params, NULL);
 		if (rows > 0)
-			read_messages(&contexts[i], 0, (int) rows, jobs[i].server);
+			(void) read_messages(&contexts[i], 0, (int) rows, jobs[i].server);
 	}
 }
 

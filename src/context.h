@@ -14,20 +14,16 @@
 
 /* what chat_context_row() reads, of chat.chat_message AS m */
 #define CHAT_CONTEXT_COLUMNS \
-	" m.role, m.content, m.name, m.tool_call_id, m.refusal," \
-	" m.parts::text, m.tool_calls::text, m.function_call::text," \
-	" CASE pg_catalog.jsonb_typeof(m.metadata -> 'reasoning_details')" \
-	" WHEN 'array' THEN (m.metadata -> 'reasoning_details')::text END," \
-	" CASE pg_catalog.jsonb_typeof(m.metadata -> 'context')" \
-	" WHEN 'object' THEN (m.metadata -> 'context')::text END," \
-	" COALESCE(m.metadata @> '{\"interrupted\": true}', false) "
-#define CHAT_CONTEXT_NCOLUMNS 11
+	" m.sequence, m.role, m.content, m.name, m.tool_call_id, m.refusal," \
+	" m.parts::text, m.tool_calls::text, m.function_call::text, m.metadata "
 
 /*
  * Reads CHAT_CONTEXT_COLUMNS of a row of the last statement, the first of
- * them at column first.  The texts live as long as the result.
+ * them at column first, for a request to a server (NULL = any).  The texts
+ * live as long as the result.
  */
-extern void chat_context_row(ChatMessage *message, uint64 row, int first);
+extern void chat_context_row(ChatMessage *message, uint64 row, int first,
+							 const char *server);
 
 /* The messages of one request. */
 typedef struct ChatContext

@@ -102,6 +102,10 @@ chat_db_enter(ChatScope *scope)
 	(void) set_config_option("search_path", PINNED_SEARCH_PATH,
 							 PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_SAVE, true, 0, false);
+	/* probes by key, also where a table was small when it was planned */
+	(void) set_config_option("enable_seqscan", "off",
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
 }
 
 /* Undoes chat_db_enter(). */
@@ -129,8 +133,10 @@ chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls)
 
 	if (stmt->plan == NULL)
 	{
-		SPIPlanPtr	plan = SPI_prepare(stmt->sql, stmt->ntypes,
-									   (Oid *) stmt->types);
+		/* planned once: planning costs more than most of them take */
+		SPIPlanPtr	plan = SPI_prepare_cursor(stmt->sql, stmt->ntypes,
+											  (Oid *) stmt->types,
+											  CURSOR_OPT_GENERIC_PLAN);
 
 		if (plan == NULL || SPI_keepplan(plan) != 0)
 			elog(ERROR, "could not prepare statement: %s: %s",

@@ -799,7 +799,7 @@ chat_to_openai_messages(PG_FUNCTION_ARGS)
 	messages = palloc_extended(sizeof(ChatMessage) * Max(n, 1),
 							   MCXT_ALLOC_HUGE);
 	for (uint64 i = 0; i < n; i++)
-		chat_context_row(&messages[i], i, 1);
+		chat_context_row(&messages[i], i, 1, NULL);
 	initStringInfo(&json);
 	chat_openai_messages(&json, messages, (int) n);
 	result = DirectFunctionCall1(jsonb_in, CStringGetDatum(json.data));
