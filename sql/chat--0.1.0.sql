@@ -107,6 +107,8 @@ CREATE TABLE chat.chat_task (
 	prompt_name text,
 	prompt_version integer,
 	error jsonb,
+	-- a later message has taken its place: its messages stay, or are hidden
+	superseded text CHECK (superseded IN ('interrupt', 'rollback')),
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	started_at timestamptz,
 	finished_at timestamptz,
@@ -129,6 +131,8 @@ CREATE TABLE chat.chat_job (
 	session_id uuid NOT NULL
 		REFERENCES chat.chat_session ON DELETE CASCADE,
 	task_id uuid,
+	-- the task's endpoint, for its limits; null: a tool's
+	server name,
 	-- the session's owner, for fairness
 	owner oid NOT NULL,
 	-- the database's own OID: a copy of the database runs nothing
@@ -767,11 +771,12 @@ CREATE FUNCTION chat.stream_chat_completion(
 	context jsonb DEFAULT NULL,
 	message_id uuid DEFAULT NULL,
 	server name DEFAULT NULL,
-	options jsonb DEFAULT NULL)
+	options jsonb DEFAULT NULL,
+	on_busy text DEFAULT 'enqueue')
 RETURNS uuid
 LANGUAGE c VOLATILE PARALLEL UNSAFE
 AS 'MODULE_PATHNAME', 'chat_stream_chat_completion';
-COMMENT ON FUNCTION chat.stream_chat_completion(uuid, text, boolean, text, jsonb, uuid, name, jsonb) IS
+COMMENT ON FUNCTION chat.stream_chat_completion(uuid, text, boolean, text, jsonb, uuid, name, jsonb, text) IS
 'queues a message and the answer to it; returns the task at once, which starts when the transaction commits';
 
 CREATE FUNCTION chat.cancel_task(task_id uuid) RETURNS boolean

@@ -163,12 +163,20 @@ chat_stream_open(ChatStream *s)
 	s->request = NULL;
 }
 
+/* Ends the transfer: nothing more is wanted of the endpoint. */
+void
+chat_stream_close(ChatStream *s)
+{
+	if (s->transfer)
+		chat_http_close(s->transfer);
+	s->transfer = NULL;
+}
+
 /* Frees a stream with all that it holds. */
 void
 chat_stream_free(ChatStream *s)
 {
-	if (s->transfer)
-		chat_http_close(s->transfer);
+	chat_stream_close(s);
 	chat_sse_free(&s->sse);
 	if (s->key)
 		explicit_bzero(s->key, strlen(s->key));
@@ -534,9 +542,10 @@ settle_usage(ChatStream *s, ChatEnd *end)
 
 	for (int i = 0; i < s->ntools; i++)
 		bytes += s->tools[i].arguments.len;
-	/* a request that was refused has cost nothing */
+	/* a request that was refused has cost nothing, one that we left has */
 	end->prompt_tokens = s->has_usage && u->prompt >= 0 ? u->prompt :
-		s->content_seen ? s->prompt_estimate : 0;
+		s->content_seen || end->kind == CHAT_END_CANCELLED
+		? s->prompt_estimate : 0;
 	end->completion_tokens = s->has_usage && u->completion >= 0
 		? u->completion : (bytes + BYTES_PER_TOKEN - 1) / BYTES_PER_TOKEN;
 	initStringInfo(&json);
@@ -788,7 +797,7 @@ complete(ChatStream *s)
 	pfree(json);
 }
 
-/* Ends a stream because somebody asked for it. */
+/* Ends a stream because somebody asked for it, and its transfer with it. */
 void
 chat_stream_cancel(ChatStream *s)
 {
@@ -799,10 +808,16 @@ chat_stream_cancel(ChatStream *s)
 	old = MemoryContextSwitchTo(s->context);
 	s->ended = true;
 	s->end.kind = CHAT_END_CANCELLED;
-	settle_message(s, &s->end, true);
 	s->end.error = "{\"code\":\"cancelled\",\"message\":\"the task was cancelled\",\"retryable\":false}";
+	s->end.metadata = "{}";
 	close_block(s);
-	log_metadata(s, &s->end);
+	/* without a request there is no usage, and no message */
+	if (s->transfer)
+	{
+		settle_message(s, &s->end, true);
+		log_metadata(s, &s->end);
+	}
+	chat_stream_close(s);
 	log_end(s, "{\"type\":\"abort\"}");
 	MemoryContextSwitchTo(old);
 }

@@ -76,15 +76,41 @@ CHAT_STMT(add_task,
 		  "   ELSE jsonb_build_object('context', $5) END) END, $6, $7"
 		  " RETURNING id"
 		  "), job AS ("
-		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
-		  "  database)"
-		  " SELECT 'completion', $1, task.id, $8, $9 FROM task"
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
+		  "  owner, database)"
+		  " SELECT 'completion', $1, task.id, $6::name, $8, $9 FROM task"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_task AS t"
 		  "  WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
 		  "   OR t.status = 'waiting' AND NOT t.detached)))"
 		  " SELECT id FROM task",
 		  UUIDOID, UUIDOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, JSONBOID,
 		  OIDOID, OIDOID);
+
+/* $1 session: the task that has it, or the first that will */
+CHAT_STMT(find_busy,
+		  "SELECT t.id::text, t.status FROM chat.chat_task AS t"
+		  " WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
+		  "  OR t.status = 'waiting' AND NOT t.detached)"
+		  " ORDER BY t.status <> 'queued' DESC, t.place LIMIT 1",
+		  UUIDOID);
+
+/*
+ * $1 session, $2 interrupt or rollback: its tasks make room for another.  One
+ * that is queued starts all the same, so that its message takes its place,
+ * and ends at once.
+ */
+CHAT_STMT(supersede_tasks,
+		  "WITH task AS ("
+		  " UPDATE chat.chat_task AS t SET superseded = $2"
+		  " WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
+		  "  OR t.status = 'waiting' AND NOT t.detached)"
+		  "  AND t.superseded IS DISTINCT FROM 'rollback'"
+		  " RETURNING t.id)"
+		  " UPDATE chat.chat_job AS j SET cancel = true,"
+		  "  run_at = '-infinity' FROM task"
+		  " WHERE j.session_id = $1 AND j.task_id = task.id"
+		  "  AND j.kind = 'completion'",
+		  UUIDOID, TEXTOID);
 
 /* CHAT_VISIBLE of the session, $4 task: locks the session */
 CHAT_STMT(lock_task_session,
@@ -100,7 +126,8 @@ CHAT_STMT(session_of_task,
 CHAT_STMT(cancel_task,
 		  "WITH job AS ("
 		  " UPDATE chat.chat_job SET cancel = true, run_at = '-infinity'"
-		  " WHERE task_id = $1 AND NOT cancel AND session_id ="
+		  " WHERE task_id = $1 AND NOT cancel AND kind = 'completion'"
+		  "  AND session_id ="
 		  "  (SELECT t.session_id FROM chat.chat_task AS t WHERE t.id = $1)"
 		  " RETURNING id"
 		  "), task AS ("
@@ -179,6 +206,8 @@ read_call(FunctionCallInfo fcinfo, ChatCall *c)
 		c->server = NameStr(*PG_GETARG_NAME(6));
 	if (!PG_ARGISNULL(7))
 		c->options = PG_GETARG_JSONB_P(7);
+	if (!PG_ARGISNULL(8))
+		c->on_busy = text_to_cstring(PG_GETARG_TEXT_PP(8));
 }
 
 /* Raises an error unless the context is {"url": text, "content": text}. */
@@ -228,6 +257,14 @@ chat_task_check(const ChatCall *c)
 		check_context(c->context);
 	if (c->options)
 		chat_session_check_settings(c->options);
+	if (c->on_busy && strcmp(c->on_busy, "enqueue") != 0 &&
+		strcmp(c->on_busy, "reject") != 0 &&
+		strcmp(c->on_busy, "interrupt") != 0 &&
+		strcmp(c->on_busy, "rollback") != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for on_busy: \"%s\"", c->on_busy),
+				 errhint("Valid values are enqueue, reject, interrupt and rollback.")));
 }
 
 /*
@@ -287,6 +324,28 @@ call_model(const ChatCall *c, const char *session_model)
 	return session_model;
 }
 
+/* Does with the tasks of a busy session what the call says. */
+static void
+make_room(const ChatCall *c)
+{
+	Datum		values[2] = {UUIDPGetDatum(c->session), (Datum) 0};
+
+	if (c->on_busy == NULL || strcmp(c->on_busy, "enqueue") == 0)
+		return;
+	if (strcmp(c->on_busy, "reject") != 0)
+	{
+		values[1] = CStringGetTextDatum(c->on_busy);
+		chat_db_exec(&supersede_tasks, values, NULL);
+	}
+	else if (chat_db_exec(&find_busy, values, NULL) > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("session is busy"),
+				 errdetail("Task %s is %s.", chat_db_text(0, 1),
+						   chat_db_text(0, 2)),
+				 errhint("Follow that task, or say on_busy => 'enqueue', 'interrupt' or 'rollback'.")));
+}
+
 /* Queues a turn, unless its message id has started one; returns its task. */
 pg_uuid_t
 chat_task_queue(const ChatScope *scope, const ChatCall *c)
@@ -302,6 +361,7 @@ chat_task_queue(const ChatScope *scope, const ChatCall *c)
 	if (find_earlier(c, &task))
 		return task;
 	chat_server_check(server, owner, call_model(c, model));
+	make_room(c);
 	values[0] = UUIDPGetDatum(c->session);
 	values[1] = UUIDPGetDatum(c->message_id);
 	nulls[1] = c->message_id ? ' ' : 'n';

@@ -23,6 +23,7 @@ typedef struct ChatCall
 	pg_uuid_t  *message_id;
 	char	   *server;
 	Jsonb	   *options;
+	const char *on_busy;		/* NULL = enqueue */
 } ChatCall;
 
 extern void chat_task_init(void);

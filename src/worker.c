@@ -1205,21 +1205,24 @@ sleep_time(void)
 static void
 collect_stray(ChatEventBatch *batch, const ChatStray *stray)
 {
-	ChatEventTarget target = {.task = stray->task, .slot = stray->slot,
-	.channel = stray->channel};
+	/* the batch points to it */
+	ChatEventTarget *target = palloc0(sizeof(ChatEventTarget));
 	ChatEventLog log = {0};
 
-	strlcpy(target.task_text,
+	target->task = stray->task;
+	target->slot = stray->slot;
+	target->channel = stray->channel;
+	strlcpy(target->task_text,
 			DatumGetCString(DirectFunctionCall1(uuid_out,
 												UUIDPGetDatum(&stray->task))),
-			sizeof(target.task_text));
+			sizeof(target->task_text));
 	chat_event_add(&log, CurrentMemoryContext, "{\"type\":\"reset-step\"}");
 	chat_event_add(&log, CurrentMemoryContext,
 				   "{\"type\":\"error\",\"errorText\":\"" CHAT_STRAY_MESSAGE
 				   "\",\"code\":\"restored\"}");
 	chat_event_add(&log, CurrentMemoryContext,
 				   "{\"type\":\"finish\",\"finishReason\":\"error\"}");
-	(void) chat_event_collect(batch, &target, stray->seq, &log);
+	(void) chat_event_collect(batch, target, stray->seq, &log);
 }
 
 /* Transaction: ends the tasks that have no job, in a restored database. */
