@@ -1119,6 +1119,47 @@ $$;
 COMMENT ON FUNCTION chat.create_search_index IS 'creates the index that serves search_messages(); messages cannot be written meanwhile';
 
 --
+-- Owners
+--
+
+-- What a role owned goes to another one; also when the role is gone, by its
+-- OID.  Names that the new owner has already stay with the old one.
+CREATE FUNCTION chat.reassign_owner(old_owner regrole, new_owner regrole)
+RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+	moved bigint;
+	n bigint;
+BEGIN
+	IF NOT EXISTS (SELECT FROM pg_roles WHERE oid = new_owner) THEN
+		RAISE EXCEPTION 'role with OID % does not exist', new_owner::oid
+			USING ERRCODE = 'undefined_object';
+	END IF;
+	UPDATE chat.chat_session SET owner = new_owner WHERE owner = old_owner;
+	GET DIAGNOSTICS moved = ROW_COUNT;
+	UPDATE chat.chat_job SET owner = new_owner WHERE owner = old_owner::oid;
+	UPDATE chat.chat_tool AS t SET owner = new_owner
+		WHERE owner = old_owner AND NOT EXISTS (SELECT FROM chat.chat_tool AS o
+			WHERE o.owner = new_owner AND o.name = t.name);
+	GET DIAGNOSTICS n = ROW_COUNT;
+	moved := moved + n;
+	UPDATE chat.chat_prompt AS p SET owner = new_owner
+		WHERE owner = old_owner AND NOT EXISTS (SELECT FROM chat.chat_prompt AS o
+			WHERE o.owner = new_owner AND o.name = p.name);
+	GET DIAGNOSTICS n = ROW_COUNT;
+	moved := moved + n;
+	UPDATE chat.chat_user_context AS u SET owner = new_owner
+		WHERE owner = old_owner AND NOT EXISTS (
+			SELECT FROM chat.chat_user_context AS o
+			WHERE o.owner = new_owner AND o.user_id = u.user_id);
+	GET DIAGNOSTICS n = ROW_COUNT;
+	RETURN moved + n;
+END
+$$;
+COMMENT ON FUNCTION chat.reassign_owner(regrole, regrole) IS
+'gives a role''s sessions, tools, prompts and user contexts to another role; returns how many';
+
+--
 -- Access
 --
 -- The last section, because grant_usage() and the REVOKE cover all that
