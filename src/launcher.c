@@ -69,6 +69,11 @@ static int	workers = 1;
 static Database *databases = NULL;
 static int	ndatabases = 0;
 
+/* in a backend, until its transaction ends */
+static Oid	kept_out[CHAT_MAX_BLOCKED]; /* databases that it has blocked */
+static int	nkept_out = 0;
+static Oid	created = InvalidOid;	/* a new database */
+
 static object_access_hook_type prev_access_hook = NULL;
 static ProcessUtility_hook_type prev_utility_hook = NULL;
 
@@ -146,11 +151,21 @@ unblock_database(Oid database)
 	chat_shmem_changed(database);
 }
 
-/* The same, as a callback of a process that ends. */
+/*
+ * Does what waits for the end of the transaction: only then others see that a
+ * database is gone, or there, or has another name.
+ */
 static void
-unblock_at_exit(int code, Datum database)
+at_transaction_end(XactEvent event, void *arg)
 {
-	unblock_database(DatumGetObjectId(database));
+	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT &&
+		event != XACT_EVENT_PREPARE)
+		return;
+	while (nkept_out > 0)
+		unblock_database(kept_out[--nkept_out]);
+	if (OidIsValid(created) && event == XACT_EVENT_COMMIT)
+		chat_shmem_changed(created);
+	created = InvalidOid;
 }
 
 /* Waits until the workers have left a database. */
@@ -231,24 +246,15 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 	Node	   *stmt = pstmt->utilityStmt;
 	const char *name = exclusive_database(stmt);
 	Oid			database = name ? get_database_oid(name, true) : InvalidOid;
-	bool		new_database = IsA(stmt, CreatedbStmt);
 	bool		rings = is_commit_prepared(stmt);
 
 	if (OidIsValid(database) && database != MyDatabaseId &&
-		block_database(database))
+		nkept_out < CHAT_MAX_BLOCKED && block_database(database))
 	{
-		PG_ENSURE_ERROR_CLEANUP(unblock_at_exit, ObjectIdGetDatum(database));
-		{
-			wait_for_workers(database);
-			run_utility(pstmt, query, read_only, context, params, env, dest,
-						qc);
-		}
-		PG_END_ENSURE_ERROR_CLEANUP(unblock_at_exit,
-									ObjectIdGetDatum(database));
-		unblock_database(database);
+		kept_out[nkept_out++] = database;
+		wait_for_workers(database);
 	}
-	else
-		run_utility(pstmt, query, read_only, context, params, env, dest, qc);
+	run_utility(pstmt, query, read_only, context, params, env, dest, qc);
 	if (rings)
 	{
 		chat_shmem_ring(MyDatabaseId, true);
@@ -256,12 +262,10 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 		if (OidIsValid(get_extension_oid("chat", true)))
 			chat_shmem_changed(MyDatabaseId);
 	}
-	if (new_database)
+	if (IsA(stmt, CreatedbStmt))
 	{
-		LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
-		chat_shared->rescan = true;
-		LWLockRelease(chat_shared->lock);
-		chat_shmem_changed(MyDatabaseId);
+		CommandCounterIncrement();
+		created = get_database_oid(((CreatedbStmt *) stmt)->dbname, true);
 	}
 }
 
@@ -291,6 +295,7 @@ chat_launcher_init(void)
 	object_access_hook = on_object_access;
 	prev_utility_hook = ProcessUtility_hook;
 	ProcessUtility_hook = on_utility;
+	RegisterXactCallback(at_transaction_end, NULL);
 	RegisterBackgroundWorker(&launcher);
 }
 
@@ -418,10 +423,14 @@ count_live(Oid database)
 	return n;
 }
 
-/* Frees the slots whose workers have ended or never came. */
-static void
+/*
+ * Frees the slots whose workers have ended or never came; true if one failed:
+ * its database may be gone.
+ */
+static bool
 reap_slots(void)
 {
+	bool		failed = false;
 	TimestampTz now = GetCurrentTimestamp();
 
 	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
@@ -438,12 +447,14 @@ reap_slots(void)
 			continue;
 		if (lost)
 			slot->exit = CHAT_EXIT_ERROR;
+		failed |= slot->exit == CHAT_EXIT_ERROR;
 		if (slot->kind == CHAT_SLOT_WORKER)
 			plan_restart(slot);
 		slot->state = CHAT_SLOT_FREE;
 		slot->database = InvalidOid;
 	}
 	LWLockRelease(chat_shared->lock);
+	return failed;
 }
 
 /* Registers a worker; false when the server has no place for it. */
@@ -584,7 +595,8 @@ chat_launcher_main(Datum arg)
 			ProcessConfigFile(PGC_SIGHUP);
 		}
 		take_changes();
-		reap_slots();
+		if (reap_slots())
+			scan_databases(false);
 		sleep = start_missing();
 		if (any_starting() && (sleep < 0 || sleep > START_TIME))
 			sleep = START_TIME;
