@@ -16,6 +16,8 @@
 #include "commands/extension.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "replication/syncrep.h"
+#include "replication/walsender.h"
 #include "utils/acl.h"
 #include "utils/guc.h"
 #include "utils/inval.h"
@@ -204,6 +206,20 @@ chat_db_commit(bool durable)
 	CommitTransactionCommand();
 	pgstat_report_stat(true);
 	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/* True if a durable commit would wait for a standby that is not there. */
+bool
+chat_db_standby_missing(void)
+{
+	SyncRepStandbyData *standbys;
+	int			n;
+
+	if (!SyncRepRequested() || SyncRepConfig == NULL)
+		return false;
+	n = SyncRepGetCandidateStandbys(&standbys);
+	pfree(standbys);
+	return n < SyncRepConfig->num_sync;
 }
 
 /*

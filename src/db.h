@@ -69,6 +69,7 @@ extern uint64 chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls);
 extern void chat_db_begin(const char *activity);
 extern void chat_db_commit(bool durable);
 extern void chat_db_abort(void);
+extern bool chat_db_standby_missing(void);
 extern Oid	chat_db_extension_owner(void);
 extern Jsonb *chat_db_parse_json(const char *text);
 

@@ -110,6 +110,7 @@ static ClaimMode claim_mode = CLAIM_BATCH;
 static bool turns_due = false;	/* parked tasks have something to do */
 static bool tools_due = false;	/* tool jobs may be ready */
 static int64 beat_due = NEVER;	/* heartbeat */
+static int64 adopt_due = 0;		/* jobs of the dead: at the start */
 
 /* Declares the settings of the worker. */
 void
@@ -162,6 +163,31 @@ is_queue_full(const ErrorData *edata)
 }
 
 /*
+ * Returns an error instead of a transaction whose commit would wait for a
+ * synchronous standby that is not there, and everything else with it: the
+ * streams go on meanwhile, and what has to be durable is done later.
+ */
+static ErrorData *
+refuse_without_standby(void)
+{
+	static bool warned = false;
+	bool		missing = chat_db_standby_missing();
+	ErrorData  *edata;
+
+	if (missing && !warned)
+		ereport(WARNING,
+				(errmsg("chat worker waits for a synchronous standby"),
+				 errdetail("Jobs are neither started nor ended meanwhile.")));
+	warned = missing;
+	if (!missing)
+		return NULL;
+	edata = MemoryContextAllocZero(tick_context, sizeof(ErrorData));
+	edata->sqlerrcode = ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+	edata->message = "a synchronous standby is missing";
+	return edata;
+}
+
+/*
  * Runs work in a transaction of its own; returns NULL, or the error, which
  * was logged.  durable = the commit waits for the log.
  */
@@ -172,6 +198,10 @@ try_transaction(const char *activity, bool durable,
 	ErrorData  *volatile edata = NULL;
 	MemoryContext old = CurrentMemoryContext;
 
+	if (durable)
+		edata = refuse_without_standby();
+	if (edata)
+		return edata;
 	PG_TRY();
 	{
 		chat_db_begin(activity);
@@ -1184,7 +1214,7 @@ sleep_time(void)
 {
 	int64		now = chat_stream_clock();
 	int64		due = Min(Min(check_due, beat_due),
-						  Min(strays_due, next_flush()));
+						  Min(Min(strays_due, adopt_due), next_flush()));
 	long		http = chat_http_timeout();
 
 	due = Min(due, chat_retention_due());
@@ -1270,6 +1300,16 @@ adopt_work(void *arg)
 		ereport(LOG,
 				(errmsg("chat worker takes up %d jobs whose worker is gone",
 						n)));
+}
+
+/* Takes up what dead workers have left; soon again when that fails. */
+static void
+adopt(void)
+{
+	adopt_due = NEVER;
+	if (try_transaction("take up jobs", true, adopt_work, NULL))
+		adopt_due = chat_stream_clock() + MAX_BACKOFF;
+	claim_due = 0;
 }
 
 /* Transaction: gives our jobs back, at the end of the process. */
@@ -1407,7 +1447,6 @@ start_up(int slot)
 	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
 	AddWaitEventToSet(set, WL_SOCKET_READABLE, chat_http_start(), NULL, NULL);
 	before_shmem_exit(give_back, (Datum) 0);
-	(void) try_transaction("take up jobs", true, adopt_work, NULL);
 	return set;
 }
 
@@ -1475,6 +1514,8 @@ chat_worker_main(Datum slot)
 		now = chat_stream_clock();
 		if (pg_atomic_exchange_u32(&chat_slot->strays, 0) || strays_due <= now)
 			end_strays(now);
+		if (adopt_due <= now)
+			adopt();
 		if (check_due <= now)
 			check_times(now);
 		if (next_flush() <= now)
@@ -1486,7 +1527,7 @@ chat_worker_main(Datum slot)
 		if (chat_retention_due() <= now)
 			retire();
 		if (chat_tool_orphans())
-			(void) try_transaction("take up tool calls", true, adopt_work, NULL);
+			adopt();
 		if (tools_due)
 			run_tools();
 		if (chat_httptool_pending())

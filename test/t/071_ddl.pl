@@ -144,6 +144,7 @@ is(row($node, "SELECT count(*) FROM chat.chat_message WHERE task_id = '$task'")
 my $next = ask($node, create_session($node)->{id}, 'next [[tokens=1]]');
 is(wait_for_task($node, $next)->{status}, 'completed',
 	"$what: other sessions go on");
+ended($what, $task, 'failed', 'restored', 'user');
 $by->check($what, undisturbed => 1);
 
 $what = 'TRUNCATE of the events';
