@@ -13,7 +13,7 @@
 PG_CONFIG ?= pg_config
 
 # Goals that work without any PostgreSQL; the rest is PGXS's.
-FRONT = check demo bench
+FRONT = check check-aimock demo bench
 
 ifneq (,$(filter $(FRONT),$(MAKECMDGOALS)))
 
@@ -26,6 +26,11 @@ export PG_CONFIG COPT FUZZ_SECONDS SYSTEM_INSTALL MAKE
 check:
 	@test/install-deps check
 	@test/run $(SUITES)
+
+# the runtime against another implementation of the API, from npm
+check-aimock:
+	@test/install-deps check
+	@test/run aimock
 
 demo:
 	@test/install-deps demo
