@@ -342,7 +342,7 @@ await_answer(const Question *q, Answer *a, int64 timeout)
 static Question
 read_query(FunctionCallInfo fcinfo, int max_rows)
 {
-	Question		q = {NULL, 0, -1};
+	Question	q = {NULL, 0, -1};
 
 	if (!PG_ARGISNULL(0))
 		q.task = PG_GETARG_UUID_P(0);
@@ -369,8 +369,8 @@ read_timeout(FunctionCallInfo fcinfo, int arg)
 	if (PG_ARGISNULL(arg))
 		return MAX_WAIT;
 	span = PG_GETARG_INTERVAL_P(arg);
-	ms = span->time / 1000.0 +
-		(span->day + span->month * (double) DAYS_PER_MONTH) * SECS_PER_DAY * 1000.0;
+	ms = span->time / 1000.0 + 1000.0 * SECS_PER_DAY *
+		(span->day + span->month * (double) DAYS_PER_MONTH);
 	if (ms < 0 || ms > MAX_WAIT)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -405,7 +405,7 @@ put_events(ReturnSetInfo *rsinfo, const ChatEventRows *events)
 Datum
 chat_get_task_events(PG_FUNCTION_ARGS)
 {
-	Question		q = read_query(fcinfo, 2);
+	Question	q = read_query(fcinfo, 2);
 	Answer		a;
 
 	InitMaterializedSRF(fcinfo, 0);
@@ -418,7 +418,7 @@ chat_get_task_events(PG_FUNCTION_ARGS)
 Datum
 chat_wait_task_events(PG_FUNCTION_ARGS)
 {
-	Question		q = read_query(fcinfo, 3);
+	Question	q = read_query(fcinfo, 3);
 	int64		timeout = read_timeout(fcinfo, 2);
 	Answer		a;
 
@@ -435,7 +435,7 @@ chat_wait_task_events(PG_FUNCTION_ARGS)
 Datum
 chat_task_snapshot(PG_FUNCTION_ARGS)
 {
-	Question		q = {PG_GETARG_UUID_P(0), 0, -1};
+	Question	q = {PG_GETARG_UUID_P(0), 0, -1};
 	Answer		a;
 	ChatFold   *fold;
 	StringInfoData json;
@@ -453,9 +453,13 @@ chat_task_snapshot(PG_FUNCTION_ARGS)
 	if (a.events.n > 0)
 		chat_fold_message(fold, &json);
 	else
-		appendStringInfo(&json, "{\"role\":\"assistant\",\"id\":\"%s\",\"parts\":[]}",
-						 DatumGetCString(DirectFunctionCall1(uuid_out,
-															 UUIDPGetDatum(&a.task.answer))));
+	{
+		Datum		id = UUIDPGetDatum(&a.task.answer);
+
+		appendStringInfo(&json, "{\"role\":\"assistant\",\"id\":\"%s\","
+						 "\"parts\":[]}",
+						 DatumGetCString(DirectFunctionCall1(uuid_out, id)));
+	}
 	if (a.task.error)
 		appendStringInfo(&json, ",\"error\":%s", a.task.error);
 	appendStringInfoChar(&json, '}');
@@ -515,6 +519,18 @@ has_event(const ChatEventRows *events, const char *type)
 	return false;
 }
 
+/* True if the last event is the end of the stream. */
+static bool
+has_end(const ChatEventRows *events)
+{
+	ChatStr		last;
+
+	if (events->n == 0)
+		return false;
+	last = events->rows[events->n - 1].json;
+	return chat_fold_is(last, "finish") || chat_fold_is(last, "abort");
+}
+
 /* Appends the events, each as one of the stream's. */
 static void
 put_stream(StringInfo out, const ChatEventRows *events, int64 after,
@@ -539,13 +555,13 @@ put_stream(StringInfo out, const ChatEventRows *events, int64 after,
 Datum
 chat_sse(PG_FUNCTION_ARGS)
 {
-	Question		q = read_query(fcinfo, -1);
-	int			protocol = PG_ARGISNULL(2) ? CHAT_PROTOCOL_MAX : PG_GETARG_INT32(2);
+	Question	q = read_query(fcinfo, -1);
+	int			protocol = PG_ARGISNULL(2)
+	? CHAT_PROTOCOL_MAX : PG_GETARG_INT32(2);
 	int64		timeout = PG_ARGISNULL(3) ? 0 : read_timeout(fcinfo, 3);
 	Answer		a;
 	bool	   *void_rows = NULL;
 	StringInfoData out;
-	bool		ended;
 
 	if (protocol < CHAT_PROTOCOL_MIN || protocol > CHAT_PROTOCOL_MAX)
 		ereport(ERROR,
@@ -569,10 +585,7 @@ chat_sse(PG_FUNCTION_ARGS)
 			q.after = 0;
 	}
 	put_stream(&out, &a.events, q.after, protocol, void_rows);
-	ended = a.ended || (a.events.n > 0 &&
-						(chat_fold_is(a.events.rows[a.events.n - 1].json, "finish") ||
-						 chat_fold_is(a.events.rows[a.events.n - 1].json, "abort")));
-	if (ended)
+	if (a.ended || has_end(&a.events))
 		appendStringInfoString(&out, "data: [DONE]\n\n");
 	PG_RETURN_TEXT_P(cstring_to_text_with_len(out.data, out.len));
 }

@@ -295,6 +295,13 @@ add_tools(Replay *r, const Message *m, const Message *results, int nresults)
 
 /* ---------- the stream ---------- */
 
+/* Returns a uuid in its text form. */
+static char *
+uuid_text(const pg_uuid_t *id)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
+}
+
 /* Reads the messages that the task has written. */
 static int
 load(const ChatReplayTask *task, Message **messages)
@@ -367,7 +374,8 @@ add_metadata(Replay *r, const Message *m)
 static void
 add_error(Replay *r)
 {
-	ChatStr		error = {r->task->error, r->task->error ? strlen(r->task->error) : 0};
+	const char *json = r->task->error ? r->task->error : "";
+	ChatStr		error = {json, strlen(json)};
 	char	   *message = decode(chat_fold_member(error, "message"));
 
 	begin(r, "error");
@@ -421,16 +429,13 @@ chat_replay_task(const ChatReplayTask *task, ChatEventRows *out)
 	r.task = task;
 	r.out = out;
 	r.at = task->at;
-	r.task_text = DatumGetCString(DirectFunctionCall1(uuid_out,
-													  UUIDPGetDatum(&task->id)));
+	r.task_text = uuid_text(&task->id);
 	initStringInfo(&r.json);
 	for (int i = 0; i < n && last == NULL; i++)
 		if (!messages[i].is_tool)
 			last = &messages[i];
 	begin(&r, "start");
-	put_text(&r, "messageId",
-			 DatumGetCString(DirectFunctionCall1(uuid_out,
-												 UUIDPGetDatum(last ? &last->id : &task->answer))));
+	put_text(&r, "messageId", uuid_text(last ? &last->id : &task->answer));
 	finish(&r);
 	for (int i = 0; i < n; i++)
 	{

@@ -90,7 +90,7 @@ void
 chat_retention_init(void)
 {
 	DefineCustomIntVariable("chat.event_retention",
-							"How long the events of a task are kept after its end.",
+							"How long the events of tasks are kept.",
 							"Later readers get the same stream rebuilt from the messages.",
 							&event_retention, 3600, 1, INT_MAX / 1000,
 							PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);

@@ -15,7 +15,7 @@
 typedef struct ChatRetired
 {
 	int64		holder;			/* in: the worker's identity */
-	bool		moved;			/* unfinished streams went on to another slot */
+	bool		moved;			/* unfinished streams went to another slot */
 	int16		from;
 	int16		to;
 	bool		busy;			/* somebody is in the way: later */
