@@ -61,6 +61,7 @@ typedef struct Database
 	Oid			oid;
 	bool		wanted;			/* start workers there */
 	bool		changed;		/* told of since the last start */
+	bool		warned;			/* said that there is no place */
 	int			delay;			/* before the next start, 0 = none */
 	TimestampTz not_before;
 } Database;
@@ -461,7 +462,7 @@ reap_slots(void)
 static bool
 start_worker(Oid database)
 {
-	static bool warned = false;
+	Database   *d = find_database(database);
 	BackgroundWorker worker = {
 		.bgw_name = "chat worker",
 		.bgw_type = "chat worker",
@@ -480,17 +481,17 @@ start_worker(Oid database)
 	memcpy(worker.bgw_extra, &database, sizeof(Oid));
 	if (RegisterDynamicBackgroundWorker(&worker, NULL))
 	{
-		warned = false;
+		d->warned = false;
 		return true;
 	}
 	chat_shmem_free_slot(slot);
-	if (!warned)
+	if (!d->warned)
 		ereport(WARNING,
 				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 				 errmsg("no place for a chat worker in the database with OID %u",
 						database),
 				 errhint("Increase max_worker_processes.")));
-	warned = true;
+	d->warned = true;
 	return false;
 }
 
