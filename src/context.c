@@ -316,11 +316,8 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 		ids[i] = UUIDPGetDatum(&jobs[i].session);
 		most[i] = Int64GetDatum(wanted_messages(&jobs[i]));
 	}
-	params[0] = PointerGetDatum(construct_array(ids, n, UUIDOID, UUID_LEN,
-												false, TYPALIGN_CHAR));
-	params[1] = PointerGetDatum(construct_array(most, n, INT8OID, 8,
-												FLOAT8PASSBYVAL,
-												TYPALIGN_DOUBLE));
+	params[0] = chat_db_array(&chat_uuids, ids, n);
+	params[1] = chat_db_array(&chat_int8s, most, n);
 	rows = chat_db_exec(&load_messages, params, NULL);
 	memset(contexts, 0, sizeof(ChatContext) * n);
 	for (uint64 row = 0; row < rows; row++)

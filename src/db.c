@@ -19,6 +19,7 @@
 #include "replication/syncrep.h"
 #include "replication/walsender.h"
 #include "utils/acl.h"
+#include "utils/array.h"
 #include "utils/guc.h"
 #include "utils/inval.h"
 #include "utils/snapmgr.h"
@@ -27,6 +28,16 @@
 #include "compat.h"
 #include "db.h"
 #include "json.h"
+
+const ChatArrayKind chat_int2s = {INT2OID, 2, true, TYPALIGN_SHORT};
+const ChatArrayKind chat_int4s = {INT4OID, 4, true, TYPALIGN_INT};
+const ChatArrayKind chat_int8s = {INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
+const ChatArrayKind chat_bools = {BOOLOID, 1, true, TYPALIGN_CHAR};
+const ChatArrayKind chat_oids = {OIDOID, 4, true, TYPALIGN_INT};
+const ChatArrayKind chat_times = {TIMESTAMPTZOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
+const ChatArrayKind chat_uuids = {UUIDOID, UUID_LEN, false, TYPALIGN_CHAR};
+const ChatArrayKind chat_texts = {TEXTOID, -1, false, TYPALIGN_INT};
+const ChatArrayKind chat_jsons = {JSONOID, -1, false, TYPALIGN_INT};
 
 #define PINNED_SEARCH_PATH "pg_catalog, pg_temp"
 
@@ -125,6 +136,20 @@ chat_db_caller(const ChatScope *scope, Datum *values)
 {
 	values[1] = ObjectIdGetDatum(scope->caller);
 	values[2] = CStringGetTextDatum(scope->user);
+}
+
+/* Builds an array; in one of texts, (Datum) 0 is NULL. */
+Datum
+chat_db_array(const ChatArrayKind *kind, Datum *values, int n)
+{
+	bool	   *nulls = palloc0(sizeof(bool) * Max(n, 1));
+	int			lower = 1;
+
+	for (int i = 0; kind->type == TEXTOID && i < n; i++)
+		nulls[i] = values[i] == (Datum) 0;
+	return PointerGetDatum(construct_md_array(values, nulls, 1, &n, &lower,
+											  kind->type, kind->len,
+											  kind->byval, kind->align));
 }
 
 /* Runs a statement, preparing it the first time; returns the row count. */

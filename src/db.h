@@ -61,6 +61,36 @@ typedef struct ChatScope
 	" AND ($3 = '' OR s.user_id = $3) "
 #define CHAT_VISIBLE_TYPES UUIDOID, OIDOID, TEXTOID
 
+/* What the elements of an array parameter are. */
+typedef struct ChatArrayKind
+{
+	Oid			type;
+	int			len;
+	bool		byval;
+	char		align;
+} ChatArrayKind;
+
+extern const ChatArrayKind chat_int2s;
+extern const ChatArrayKind chat_int4s;
+extern const ChatArrayKind chat_int8s;
+extern const ChatArrayKind chat_bools;
+extern const ChatArrayKind chat_oids;
+extern const ChatArrayKind chat_times;
+extern const ChatArrayKind chat_uuids;
+extern const ChatArrayKind chat_texts;
+extern const ChatArrayKind chat_jsons;
+
+/*
+ * Makes params[at] an array with the value of an expression for each i < n;
+ * the caller has params, at, n and a Datum array values of that size.
+ */
+#define CHAT_DB_COLUMN(kind, expression) \
+	do { \
+		for (int i = 0; i < n; i++) \
+			values[i] = (expression); \
+		params[at++] = chat_db_array(&(kind), values, n); \
+	} while (0)
+
 extern void chat_db_init(void);
 extern void chat_db_enter(ChatScope *scope);
 extern void chat_db_leave(ChatScope *scope);
@@ -72,6 +102,7 @@ extern void chat_db_abort(void);
 extern bool chat_db_standby_missing(void);
 extern Oid	chat_db_extension_owner(void);
 extern Jsonb *chat_db_parse_json(const char *text);
+extern Datum chat_db_array(const ChatArrayKind *kind, Datum *values, int n);
 
 /*
  * Results of the last chat_db_exec(): rows and columns count from 0 and 1.
@@ -145,6 +176,13 @@ chat_db_bool(uint64 row, int column)
 	Datum		d = chat_db_datum(row, column, &isnull);
 
 	return !isnull && DatumGetBool(d);
+}
+
+/* Returns a text as a parameter or array element; NULL becomes SQL's NULL. */
+static inline Datum
+chat_db_text_or_null(const char *text)
+{
+	return text ? CStringGetTextDatum(text) : (Datum) 0;
 }
 
 /* Copies a uuid; all zeros when the column is NULL. */

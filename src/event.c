@@ -304,29 +304,15 @@ chat_event_collect(ChatEventBatch *batch, const ChatEventTarget *target,
 void
 chat_event_write(ChatEventBatch *batch)
 {
-	static const struct
-	{
-		Oid			type;
-		int			len;
-		bool		byval;
-		char		align;
-	}			columns[4] = {
-		{INT2OID, 2, true, TYPALIGN_SHORT},
-		{UUIDOID, UUID_LEN, false, TYPALIGN_CHAR},
-		{INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE},
-		{JSONOID, -1, false, TYPALIGN_INT}
+	const ChatArrayKind *const kinds[4] = {
+		&chat_int2s, &chat_uuids, &chat_int8s, &chat_jsons
 	};
 	Datum		values[4];
 
 	if (batch->n == 0)
 		return;
 	for (int i = 0; i < 4; i++)
-		values[i] = PointerGetDatum(construct_array(batch->columns[i],
-													batch->n,
-													columns[i].type,
-													columns[i].len,
-													columns[i].byval,
-													columns[i].align));
+		values[i] = chat_db_array(kinds[i], batch->columns[i], batch->n);
 	chat_db_exec(&insert_events, values, NULL);
 }
 

@@ -27,7 +27,7 @@
 #include "db.h"
 #include "http.h"
 #include "httptool.h"
-#include "json.h"
+#include "jsonbuf.h"
 #include "stream.h"
 #include "tool.h"
 #include "toolserver.h"
@@ -141,21 +141,11 @@ free_call(HttpCall *c)
 	MemoryContextDelete(c->context);
 }
 
-/* Builds the result of a call that failed. */
+/* Builds the result of a call that failed; what came may quote the key. */
 static char *
 error_result(HttpCall *c, const char *what, const char *code)
 {
-	StringInfoData json;
-	char	   *safe = chat_server_redact(what, c->key);
-	char	   *message = psprintf("Tool %s failed: %s", c->name, safe);
-	size_t		len = strlen(message);
-
-	initStringInfo(&json);
-	appendStringInfoString(&json, "{\"type\":\"error\",\"message\":\"");
-	enlargeStringInfo(&json, (int) chat_json_escape(message, len, NULL));
-	json.len += (int) chat_json_escape(message, len, json.data + json.len);
-	appendStringInfo(&json, "\",\"code\":\"%s\"}", code);
-	return json.data;
+	return chat_tool_error(c->name, chat_server_redact(what, c->key), code);
 }
 
 /* Notes how a call ended. */

@@ -472,13 +472,9 @@ chat_prompt_record(const pg_uuid_t *tasks, char **names, const int *versions,
 	}
 	if (used == 0)
 		return;
-	params[0] = PointerGetDatum(construct_array(values[0], used, UUIDOID,
-												UUID_LEN, false,
-												TYPALIGN_CHAR));
-	params[1] = PointerGetDatum(construct_array(values[1], used, TEXTOID, -1,
-												false, TYPALIGN_INT));
-	params[2] = PointerGetDatum(construct_array(values[2], used, INT4OID, 4,
-												true, TYPALIGN_INT));
+	params[0] = chat_db_array(&chat_uuids, values[0], used);
+	params[1] = chat_db_array(&chat_texts, values[1], used);
+	params[2] = chat_db_array(&chat_int4s, values[2], used);
 	chat_db_exec(&record_prompts, params, NULL);
 	MemoryContextSwitchTo(caller);
 }

@@ -393,69 +393,6 @@ chat_queue_claim(int64 holder, int limit, bool bare, ChatJob **jobs,
 	return n;
 }
 
-/* Columns of arrays that become parameters. */
-typedef struct ArrayParam
-{
-	Oid			type;
-	int			len;
-	bool		byval;
-	char		align;
-} ArrayParam;
-
-static const ArrayParam int8_param = {INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
-static const ArrayParam int4_param = {INT4OID, 4, true, TYPALIGN_INT};
-static const ArrayParam bool_param = {BOOLOID, 1, true, TYPALIGN_CHAR};
-static const ArrayParam text_param = {TEXTOID, -1, false, TYPALIGN_INT};
-static const ArrayParam uuid_param = {UUIDOID, UUID_LEN, false, TYPALIGN_CHAR};
-static const ArrayParam time_param = {TIMESTAMPTZOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
-
-/* Builds an array parameter; nulls may be NULL. */
-static Datum
-make_array(const ArrayParam *p, Datum *values, bool *nulls, int n)
-{
-	int			lower = 1;
-
-	return PointerGetDatum(construct_md_array(values, nulls, 1, &n, &lower,
-											  p->type, p->len, p->byval,
-											  p->align));
-}
-
-/* Builds a text[] of C strings, NULL = SQL NULL. */
-static Datum
-make_texts(const char **texts, int n)
-{
-	Datum	   *values = palloc(sizeof(Datum) * n);
-	bool	   *nulls = palloc(sizeof(bool) * n);
-
-	for (int i = 0; i < n; i++)
-	{
-		nulls[i] = texts[i] == NULL;
-		values[i] = nulls[i] ? (Datum) 0 : CStringGetTextDatum(texts[i]);
-	}
-	return make_array(&text_param, values, nulls, n);
-}
-
-/* Builds an array parameter from one expression per end. */
-#define ENDS_ARRAY(param, expression) \
-	do { \
-		for (int i = 0; i < n; i++) \
-		{ \
-			const ChatEnd *e = ends[i]; \
-			values[i] = (expression); \
-		} \
-		params[at++] = make_array(param, values, NULL, n); \
-	} while (0)
-
-#define ENDS_TEXTS(expression) \
-	do { \
-		for (int i = 0; i < n; i++) \
-		{ \
-			const ChatEnd *e = ends[i]; \
-			texts[i] = (expression); \
-		} \
-		params[at++] = make_texts(texts, n); \
-	} while (0)
-
 static const char *const status_names[] = {
 	[CHAT_END_COMPLETED] = "completed",
 	[CHAT_END_FAILED] = "failed",
@@ -473,7 +410,7 @@ chat_queue_lock(ChatEnd **ends, int n, ChatEnd **locked)
 
 	for (int i = 0; i < n; i++)
 		values[i] = UUIDPGetDatum(&ends[i]->job->session);
-	params[0] = make_array(&uuid_param, values, NULL, n);
+	params[0] = chat_db_array(&chat_uuids, values, n);
 	got = chat_db_exec(&lock_sessions, params, NULL);
 	if (got == (uint64) n)
 	{
@@ -529,7 +466,6 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
 	int			n = chat_queue_lock(all, nall, ends);
 	Datum	   *values = palloc(sizeof(Datum) * nall);
-	const char **texts = palloc(sizeof(char *) * nall);
 	Datum		params[18];
 	int			at = 0;
 
@@ -537,22 +473,22 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 		return;
 	params[at++] = Int64GetDatum(holder);
 	params[at++] = ObjectIdGetDatum(MyDatabaseId);
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->id));
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->epoch));
-	ENDS_ARRAY(&uuid_param, UUIDPGetDatum(&e->job->session));
-	ENDS_ARRAY(&uuid_param, UUIDPGetDatum(&e->job->task));
-	ENDS_TEXTS(status_names[e->kind]);
-	ENDS_TEXTS(e->error);
-	ENDS_ARRAY(&bool_param, BoolGetDatum(e->has_message));
-	ENDS_ARRAY(&uuid_param, UUIDPGetDatum(&e->job->answer));
-	ENDS_TEXTS(e->content);
-	ENDS_TEXTS(e->refusal);
-	ENDS_TEXTS(e->tool_calls);
-	ENDS_TEXTS(e->function_call);
-	ENDS_TEXTS(e->metadata);
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->prompt_tokens));
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->completion_tokens));
-	ENDS_TEXTS(e->usage);
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->id));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->epoch));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->session));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->task));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(status_names[ends[i]->kind]));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->error));
+	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(ends[i]->has_message));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->answer));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->content));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->refusal));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->tool_calls));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->function_call));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->metadata));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->prompt_tokens));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->completion_tokens));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->usage));
 	chat_db_exec(&finish_jobs, params, NULL);
 	chat_queue_mark(ends, n);
 }
@@ -566,12 +502,12 @@ chat_queue_release(int64 holder, ChatEnd **ends, int n)
 	int			at = 0;
 
 	params[at++] = Int64GetDatum(holder);
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->id));
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->job->epoch));
-	ENDS_ARRAY(&time_param, TimestampTzGetDatum(e->run_at));
-	ENDS_ARRAY(&bool_param, BoolGetDatum(e->reset));
-	ENDS_ARRAY(&int8_param, Int64GetDatum(e->last_seq));
-	ENDS_ARRAY(&int4_param, Int32GetDatum(e->kind == CHAT_END_GIVE_BACK));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->id));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->epoch));
+	CHAT_DB_COLUMN(chat_times, TimestampTzGetDatum(ends[i]->run_at));
+	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(ends[i]->reset));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->last_seq));
+	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(ends[i]->kind == CHAT_END_GIVE_BACK));
 	chat_db_exec(&release_jobs, params, NULL);
 	chat_queue_mark(ends, n);
 }
@@ -587,7 +523,7 @@ chat_queue_adopt(const int64 *live, int nlive)
 	for (int i = 0; i < nlive; i++)
 		values[i] = Int64GetDatum(live[i]);
 	params[0] = ObjectIdGetDatum(MyDatabaseId);
-	params[1] = make_array(&int8_param, values, NULL, nlive);
+	params[1] = chat_db_array(&chat_int8s, values, nlive);
 	n = (int) chat_db_exec(&adopt_orphans, params, NULL);
 	return n + (int) chat_db_exec(&adopt_calls, params, NULL);
 }
@@ -617,7 +553,7 @@ chat_queue_strays(ChatStray **strays, bool *skipped)
 		values[i] = UUIDPGetDatum(&ids[i]);
 	}
 	params[1] = Int32GetDatum(chat_queue_first_run());
-	params[2] = make_array(&uuid_param, values, NULL, n);
+	params[2] = chat_db_array(&chat_uuids, values, n);
 	n = n > 0 ? (int) chat_db_exec(&end_strays, params, NULL) : 0;
 	*strays = palloc0(sizeof(ChatStray) * (n + 1));
 	for (int i = 0; i < n; i++)

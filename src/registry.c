@@ -535,11 +535,8 @@ load(Datum *owners, Datum *settings, int n, char **tools)
 	Datum		values[2];
 	uint64		rows;
 
-	values[0] = PointerGetDatum(construct_array(owners, n, OIDOID,
-												sizeof(Oid), true,
-												TYPALIGN_INT));
-	values[1] = PointerGetDatum(construct_array(settings, n, TEXTOID, -1,
-												false, TYPALIGN_INT));
+	values[0] = chat_db_array(&chat_oids, owners, n);
+	values[1] = chat_db_array(&chat_texts, settings, n);
 	rows = chat_db_exec(&load_tools, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{

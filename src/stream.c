@@ -23,7 +23,7 @@
 #include "utils/timestamp.h"
 
 #include "db.h"
-#include "json.h"
+#include "jsonbuf.h"
 #include "stream.h"
 
 /* of an endpoint's error body this much is looked at */
@@ -110,6 +110,7 @@ chat_stream_create(const ChatJob *job, MemoryContext parent)
 	const uint8 *u = job->task.data;
 
 	s->context = context;
+	s->endpoint = -1;
 	s->job = *job;
 	s->job.channel = copy_string(job->channel);
 	s->job.server = copy_string(job->server);
@@ -184,26 +185,6 @@ chat_stream_free(ChatStream *s)
 }
 
 /* ---------- writing JSON ---------- */
-
-/* Appends a text as a JSON string. */
-static void
-append_json(StringInfo buf, const char *text, size_t len)
-{
-	appendStringInfoChar(buf, '"');
-	enlargeStringInfo(buf, (int) chat_json_escape(text, len, NULL) + 2);
-	buf->len += (int) chat_json_escape(text, len, buf->data + buf->len);
-	appendStringInfoChar(buf, '"');
-}
-
-/* Appends ,"name":"text" unless text is NULL. */
-static void
-append_member(StringInfo buf, const char *name, const char *text)
-{
-	if (text == NULL)
-		return;
-	appendStringInfo(buf, ",\"%s\":", name);
-	append_json(buf, text, strlen(text));
-}
 
 /* Appends text to a buffer that is made at its first use. */
 static void
@@ -360,8 +341,8 @@ announce_tool(ChatStream *s, ChatStreamTool *t)
 	close_block(s);
 	initStringInfo(&json);
 	appendStringInfoString(&json, "{\"type\":\"tool-input-start\"");
-	append_member(&json, "toolCallId", t->id);
-	append_member(&json, "toolName", t->name);
+	chat_append_member(&json, "toolCallId", t->id);
+	chat_append_member(&json, "toolName", t->name);
 	appendStringInfoChar(&json, '}');
 	chat_event_add(&s->log, s->context, json.data);
 	pfree(json.data);
@@ -586,11 +567,11 @@ tool_calls_json(ChatStream *s)
 		if (n++ > 0)
 			appendStringInfoChar(&json, ',');
 		appendStringInfoString(&json, "{\"id\":");
-		append_json(&json, t->id, strlen(t->id));
+		chat_append_string(&json, t->id, strlen(t->id));
 		appendStringInfoString(&json, ",\"type\":\"function\",\"function\":{\"name\":");
-		append_json(&json, t->name, strlen(t->name));
+		chat_append_string(&json, t->name, strlen(t->name));
 		appendStringInfoString(&json, ",\"arguments\":");
-		append_json(&json, t->arguments.data ? t->arguments.data : "",
+		chat_append_string(&json, t->arguments.data ? t->arguments.data : "",
 					t->arguments.len);
 		if (t->fn_extra)
 			appendStringInfo(&json, ",%s", t->fn_extra);
@@ -613,9 +594,9 @@ function_call_json(ChatStream *s)
 		return NULL;
 	initStringInfo(&json);
 	appendStringInfoString(&json, "{\"name\":");
-	append_json(&json, s->function_name, strlen(s->function_name));
+	chat_append_string(&json, s->function_name, strlen(s->function_name));
 	appendStringInfoString(&json, ",\"arguments\":");
-	append_json(&json, s->function_arguments.data
+	chat_append_string(&json, s->function_arguments.data
 				? s->function_arguments.data : "",
 				s->function_arguments.len);
 	appendStringInfoChar(&json, '}');
@@ -630,11 +611,11 @@ metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
 
 	initStringInfo(&json);
 	appendStringInfo(&json, "{\"usage\":%s", end->usage);
-	append_member(&json, "server", s->job.server);
-	append_member(&json, "model", s->model);
-	append_member(&json, "finish_reason", s->finish_reason);
+	chat_append_member(&json, "server", s->job.server);
+	chat_append_member(&json, "model", s->model);
+	chat_append_member(&json, "finish_reason", s->finish_reason);
 	if (s->reasoning.len > 0)
-		append_member(&json, "reasoning", s->reasoning.data);
+		chat_append_member(&json, "reasoning", s->reasoning.data);
 	if (s->reasoning_details)
 		appendStringInfo(&json, ",\"reasoning_details\":%s",
 						 s->reasoning_details);
@@ -675,8 +656,8 @@ log_metadata(ChatStream *s, const ChatEnd *end)
 	initStringInfo(&json);
 	appendStringInfo(&json, "{\"type\":\"message-metadata\",\"messageMetadata\":{\"usage\":%s",
 					 end->usage);
-	append_member(&json, "model", s->model);
-	append_member(&json, "finishReason", s->finish_reason);
+	chat_append_member(&json, "model", s->model);
+	chat_append_member(&json, "finishReason", s->finish_reason);
 	appendStringInfoString(&json, "}}");
 	log_end(s, json.data);
 	pfree(json.data);
@@ -708,15 +689,15 @@ log_tool(ChatStream *s, const ChatStreamTool *t, const char *input)
 	initStringInfo(&json);
 	appendStringInfo(&json, "{\"type\":\"%s\"",
 					 input ? "tool-input-available" : "tool-input-error");
-	append_member(&json, "toolCallId", t->id);
-	append_member(&json, "toolName", t->name);
+	chat_append_member(&json, "toolCallId", t->id);
+	chat_append_member(&json, "toolName", t->name);
 	appendStringInfoString(&json, ",\"input\":");
 	if (input)
 		appendStringInfoString(&json, input);
 	else
-		append_json(&json, t->arguments.data, t->arguments.len);
+		chat_append_string(&json, t->arguments.data, t->arguments.len);
 	if (!input)
-		append_member(&json, "errorText", "the arguments are not a JSON object");
+		chat_append_member(&json, "errorText", "the arguments are not a JSON object");
 	appendStringInfoChar(&json, '}');
 	log_end(s, json.data);
 	pfree(json.data);
@@ -750,14 +731,14 @@ calls_json(ChatStream *s)
 		input = tool_input(t);
 		appendStringInfoChar(&json, json.len == 0 ? '[' : ',');
 		appendStringInfo(&json, "{\"place\":%d", i + 1);
-		append_member(&json, "id", t->id);
-		append_member(&json, "name", t->name);
-		append_member(&json, "arguments",
+		chat_append_member(&json, "id", t->id);
+		chat_append_member(&json, "name", t->name);
+		chat_append_member(&json, "arguments",
 					  t->arguments.data ? t->arguments.data : "");
 		if (input)
 			appendStringInfo(&json, ",\"input\":%s", input);
 		else
-			append_member(&json, "error", "the arguments are not a JSON object");
+			chat_append_member(&json, "error", "the arguments are not a JSON object");
 		appendStringInfoChar(&json, '}');
 		log_tool(s, t, input);
 	}
@@ -822,14 +803,22 @@ chat_stream_cancel(ChatStream *s)
 	MemoryContextSwitchTo(old);
 }
 
+/* Returns the delay after so many failures in a row, in ms. */
+int64
+chat_stream_backoff(int tries)
+{
+	double		delay = retry_base_delay * pow(2, Min(tries - 1, 20));
+
+	return (int64) Min(delay, (double) retry_max_delay);
+}
+
 /* Returns the delay before the next attempt in ms. */
 static int64
 retry_delay(const ChatStream *s)
 {
-	double		delay = retry_base_delay * pow(2, Min(s->job.attempts - 1, 20));
 	double		jitter = 0.5 + pg_prng_double(&pg_global_prng_state) / 2;
 
-	return (int64) (Min(delay, (double) retry_max_delay) * jitter);
+	return (int64) ((double) chat_stream_backoff(s->job.attempts) * jitter);
 }
 
 /* Says whether the attempt that failed is tried again, and when. */
@@ -860,7 +849,7 @@ error_json(ChatStream *s, const char *code, bool retryable, int status,
 	initStringInfo(&json);
 	appendStringInfo(&json, "{\"code\":\"%s\",\"retryable\":%s", code,
 					 retryable ? "true" : "false");
-	append_member(&json, "message", message);
+	chat_append_member(&json, "message", message);
 	if (status > 0)
 		appendStringInfo(&json, ",\"status\":%d", status);
 	if (s->transfer && s->transfer->retry_after > 0)
@@ -887,6 +876,8 @@ chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
 		return;
 	old = MemoryContextSwitchTo(s->context);
 	s->ended = true;
+	s->failure = kind;
+	s->passing = retryable;
 	if (plan_retry(s, retryable))
 	{
 		MemoryContextSwitchTo(old);
@@ -902,8 +893,8 @@ chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
 	close_block(s);
 	initStringInfo(&json);
 	appendStringInfoString(&json, "{\"type\":\"error\"");
-	append_member(&json, "errorText", safe);
-	append_member(&json, "code", code);
+	chat_append_member(&json, "errorText", safe);
+	chat_append_member(&json, "code", code);
 	appendStringInfoChar(&json, '}');
 	log_end(s, json.data);
 	log_metadata(s, &s->end);

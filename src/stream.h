@@ -60,6 +60,8 @@ typedef struct ChatStream
 	char	   *prompt_name;	/* of the system prompt, NULL = built-in */
 	int			prompt_version;
 	ChatTransfer *transfer;
+	int			endpoint;		/* that counts the request, -1 = none */
+	bool		answered;		/* as the endpoint counts it */
 	ChatSse		sse;
 	bool		plain;			/* a body, not a stream of events */
 	bool		sniffed;		/* plain is known */
@@ -91,6 +93,8 @@ typedef struct ChatStream
 
 	/* the end */
 	bool		ended;
+	ChatErrorKind failure;		/* of an attempt that failed */
+	bool		passing;		/* that failure is worth another attempt */
 	ChatEnd		end;
 	ChatEventLog end_log;		/* written with it */
 	int64		retry_end_at;	/* storing it failed: not before this time */
@@ -109,5 +113,6 @@ extern void chat_stream_cancel(ChatStream *stream);
 extern void chat_stream_close(ChatStream *stream);
 extern void chat_stream_free(ChatStream *stream);
 extern int64 chat_stream_clock(void);
+extern int64 chat_stream_backoff(int tries);
 
 #endif							/* CHAT_STREAM_H */

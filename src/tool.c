@@ -55,7 +55,7 @@
 
 #include "compat.h"
 #include "db.h"
-#include "json.h"
+#include "jsonbuf.h"
 #include "registry.h"
 #include "shmem.h"
 #include "tool.h"
@@ -733,17 +733,8 @@ run_function(const ToolCall *c, MemoryContext context)
 static char *
 error_result(const ToolCall *c, const ErrorData *edata)
 {
-	StringInfoData json;
-	char	   *message = psprintf("Tool %s failed: %s", c->name, edata->message);
-	size_t		len = strlen(message);
-
-	initStringInfo(&json);
-	appendStringInfoString(&json, "{\"type\":\"error\",\"message\":\"");
-	enlargeStringInfo(&json, (int) chat_json_escape(message, len, NULL));
-	json.len += (int) chat_json_escape(message, len, json.data + json.len);
-	appendStringInfo(&json, "\",\"code\":\"%s\"}",
-					 unpack_sql_state(edata->sqlerrcode));
-	return json.data;
+	return chat_tool_error(c->name, edata->message,
+						   unpack_sql_state(edata->sqlerrcode));
 }
 
 /* Runs the function in a subtransaction; its error becomes its result. */

@@ -25,7 +25,7 @@
 #include "utils/guc.h"
 
 #include "db.h"
-#include "json.h"
+#include "jsonbuf.h"
 #include "queue.h"
 #include "shmem.h"
 #include "turn.h"
@@ -371,52 +371,6 @@ chat_turn_init(void)
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 }
 
-/* ---------- parameters ---------- */
-
-typedef struct ArrayKind
-{
-	Oid			type;
-	int			len;
-	bool		byval;
-	char		align;
-} ArrayKind;
-
-static const ArrayKind int8_kind = {INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
-static const ArrayKind int4_kind = {INT4OID, 4, true, TYPALIGN_INT};
-static const ArrayKind bool_kind = {BOOLOID, 1, true, TYPALIGN_CHAR};
-static const ArrayKind uuid_kind = {UUIDOID, UUID_LEN, false, TYPALIGN_CHAR};
-static const ArrayKind text_kind = {TEXTOID, -1, false, TYPALIGN_INT};
-static const ArrayKind time_kind = {TIMESTAMPTZOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
-
-/* Builds an array parameter; a text that is a null pointer becomes NULL. */
-static Datum
-make_array(const ArrayKind *kind, Datum *values, int n)
-{
-	bool	   *nulls = palloc0(sizeof(bool) * Max(n, 1));
-	int			lower = 1;
-
-	for (int i = 0; kind == &text_kind && i < n; i++)
-		nulls[i] = values[i] == (Datum) 0;
-	return PointerGetDatum(construct_md_array(values, nulls, 1, &n, &lower,
-											  kind->type, kind->len,
-											  kind->byval, kind->align));
-}
-
-/* Returns a text datum, (Datum) 0 for NULL. */
-static Datum
-text_or_null(const char *text)
-{
-	return text ? CStringGetTextDatum(text) : (Datum) 0;
-}
-
-/* Fills params[at] from one expression over item i. */
-#define COLUMN(kind, expression) \
-	do { \
-		for (int i = 0; i < n; i++) \
-			values[i] = (expression); \
-		params[at++] = make_array(kind, values, n); \
-	} while (0)
-
 /* ---------- the end of a step that asked for tools ---------- */
 
 /* Stores the steps. */
@@ -435,19 +389,19 @@ chat_turn_park(int64 holder, ChatEnd **all, int nall)
 	params[at++] = ObjectIdGetDatum(MyDatabaseId);
 	params[at++] = Int32GetDatum(max_tool_calls);
 	params[at++] = Int32GetDatum(operation_timeout);
-	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->id));
-	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->epoch));
-	COLUMN(&uuid_kind, UUIDPGetDatum(&ends[i]->job->session));
-	COLUMN(&uuid_kind, UUIDPGetDatum(&ends[i]->job->task));
-	COLUMN(&uuid_kind, UUIDPGetDatum(&ends[i]->job->answer));
-	COLUMN(&text_kind, text_or_null(ends[i]->content));
-	COLUMN(&text_kind, text_or_null(ends[i]->refusal));
-	COLUMN(&text_kind, text_or_null(ends[i]->tool_calls));
-	COLUMN(&text_kind, text_or_null(ends[i]->metadata));
-	COLUMN(&int8_kind, Int64GetDatum(ends[i]->prompt_tokens));
-	COLUMN(&int8_kind, Int64GetDatum(ends[i]->completion_tokens));
-	COLUMN(&text_kind, text_or_null(ends[i]->usage));
-	COLUMN(&text_kind, text_or_null(ends[i]->calls));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->id));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->epoch));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->session));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->task));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->answer));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->content));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->refusal));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->tool_calls));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->metadata));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->prompt_tokens));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->completion_tokens));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->usage));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->calls));
 	chat_db_exec(&park_tasks, params, NULL);
 	chat_queue_mark(ends, n);
 }
@@ -461,9 +415,9 @@ chat_turn_seal(int64 holder, ChatEnd **ends, const int64 *seqs, int n)
 	int			at = 0;
 
 	params[at++] = Int64GetDatum(holder);
-	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->id));
-	COLUMN(&int8_kind, Int64GetDatum(ends[i]->job->epoch));
-	COLUMN(&int8_kind, Int64GetDatum(seqs[i]));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->id));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->epoch));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(seqs[i]));
 	chat_db_exec(&seal_jobs, params, NULL);
 }
 
@@ -478,25 +432,13 @@ chat_turn_ring(const pg_uuid_t *session, const pg_uuid_t *task)
 
 /* ---------- events of a turn ---------- */
 
-/* Appends ,"name":"text". */
-static void
-append_text(StringInfo json, const char *name, const char *text)
-{
-	size_t		len = strlen(text);
-
-	appendStringInfo(json, ",\"%s\":\"", name);
-	enlargeStringInfo(json, (int) chat_json_escape(text, len, NULL) + 1);
-	json->len += (int) chat_json_escape(text, len, json->data + json->len);
-	appendStringInfoChar(json, '"');
-}
-
 /* Starts an event of a call. */
 static void
 begin_event(StringInfo json, const char *type, const Call *c)
 {
 	initStringInfo(json);
 	appendStringInfo(json, "{\"type\":\"%s\"", type);
-	append_text(json, "toolCallId", c->call_id);
+	chat_append_member(json, "toolCallId", c->call_id);
 }
 
 /* Adds a finished event to the turn's log. */
@@ -525,8 +467,8 @@ as_json(const char *text)
 	if (value)
 		return JsonbToCString(NULL, &value->root, VARSIZE(value));
 	initStringInfo(&json);
-	append_text(&json, "", text);
-	return json.data + strlen(",\"\":");
+	chat_append_string(&json, text, strlen(text));
+	return json.data;
 }
 
 /* Tells listeners a call's input again, when a new run begins. */
@@ -536,7 +478,7 @@ log_input(Turn *t, const Call *c)
 	StringInfoData json;
 
 	begin_event(&json, "tool-input-available", c);
-	append_text(&json, "toolName", c->name);
+	chat_append_member(&json, "toolName", c->name);
 	appendStringInfo(&json, ",\"input\":%s", c->input);
 	add_event(t, &json);
 }
@@ -571,14 +513,14 @@ log_result(Turn *t, const Call *c, const char *status, const char *content)
 	else if (strcmp(c->kind, "none") == 0)
 	{
 		begin_event(&json, "tool-input-error", c);
-		append_text(&json, "toolName", c->name);
+		chat_append_member(&json, "toolName", c->name);
 		appendStringInfo(&json, ",\"input\":%s", as_json(c->arguments));
-		append_text(&json, "errorText", error_text(content));
+		chat_append_member(&json, "errorText", error_text(content));
 	}
 	else
 	{
 		begin_event(&json, "tool-output-error", c);
-		append_text(&json, "errorText", error_text(content));
+		chat_append_member(&json, "errorText", error_text(content));
 	}
 	add_event(t, &json);
 }
@@ -592,7 +534,7 @@ log_started(Turn *t, const Call *c)
 	begin_event(&json, "tool-output-available", c);
 	appendStringInfo(&json, ",\"preliminary\":true,\"output\":{\"type\":\"operation_started\",\"operation_id\":\"%s\"",
 					 uuid_text(&c->operation));
-	append_text(&json, "tool_name", c->name);
+	chat_append_member(&json, "tool_name", c->name);
 	appendStringInfoChar(&json, '}');
 	add_event(t, &json);
 }
@@ -604,7 +546,7 @@ log_request(Turn *t, const Call *c)
 	StringInfoData json;
 
 	begin_event(&json, "tool-approval-request", c);
-	append_text(&json, "approvalId", uuid_text(&c->operation));
+	chat_append_member(&json, "approvalId", uuid_text(&c->operation));
 	add_event(t, &json);
 }
 
@@ -624,28 +566,13 @@ shown_result(const char *result, int length)
 					result, max_tool_output_length, length);
 }
 
-/* Builds the error that a call without a result gets. */
-static char *
-error_result(const Call *c, const char *what, const char *code)
-{
-	StringInfoData json;
-	char	   *message = psprintf("Tool %s failed: %s", c->name, what);
-
-	initStringInfo(&json);
-	appendStringInfoString(&json, "{\"type\":\"error\"");
-	append_text(&json, "message", message);
-	append_text(&json, "code", code);
-	appendStringInfoChar(&json, '}');
-	return json.data;
-}
-
 /* Ends a call here and now. */
 static void
 end_call(Call *c, const char *status, const char *what, const char *code)
 {
 	c->new_status = status;
 	c->status = pstrdup(status);
-	c->result = error_result(c, what, code);
+	c->result = chat_tool_error(c->name, what, code);
 	c->result_length = pg_mbstrlen(c->result);
 }
 
@@ -687,9 +614,9 @@ announce(Turn *t, Call *c)
 	log_started(t, c);
 	initStringInfo(&json);
 	appendStringInfoString(&json, "{\"type\":\"operation_pending\"");
-	append_text(&json, "operation_id", uuid_text(&c->operation));
-	append_text(&json, "tool_name", c->name);
-	append_text(&json, "message", "The operation goes on; its result will follow.");
+	chat_append_member(&json, "operation_id", uuid_text(&c->operation));
+	chat_append_member(&json, "tool_name", c->name);
+	chat_append_member(&json, "message", "The operation goes on; its result will follow.");
 	appendStringInfoChar(&json, '}');
 	c->content = json.data;
 }
@@ -904,8 +831,8 @@ load(Turn *turns, int n)
 	int			at = 0;
 	uint64		rows;
 
-	COLUMN(&uuid_kind, UUIDPGetDatum(&turns[i].job.task));
-	COLUMN(&int4_kind, Int32GetDatum(turns[i].steps));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&turns[i].job.task));
+	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(turns[i].steps));
 	rows = chat_db_exec(&load_calls, params, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -951,7 +878,7 @@ tell_progress(Turn *turns, int nturns, int ncalls)
 			}
 	if (n == 0)
 		return;
-	COLUMN(&uuid_kind, UUIDPGetDatum(&calls[i]->operation));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&calls[i]->operation));
 	rows = chat_db_exec(&take_progress, params, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -984,13 +911,13 @@ write_calls(Turn *turns, int nturns)
 				calls[n++] = &turns[t].calls[c];
 	if (n == 0)
 		return;
-	COLUMN(&uuid_kind, UUIDPGetDatum(&calls[i]->operation));
-	COLUMN(&text_kind, text_or_null(calls[i]->new_status));
-	COLUMN(&text_kind, text_or_null(calls[i]->new_status
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&calls[i]->operation));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(calls[i]->new_status));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(calls[i]->new_status
 									? calls[i]->result : NULL));
-	COLUMN(&bool_kind, BoolGetDatum(calls[i]->announced));
-	COLUMN(&bool_kind, BoolGetDatum(calls[i]->delivered));
-	COLUMN(&text_kind, text_or_null(calls[i]->content));
+	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(calls[i]->announced));
+	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(calls[i]->delivered));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(calls[i]->content));
 	chat_db_exec(&update_calls, params, NULL);
 }
 
@@ -1006,13 +933,13 @@ write_jobs(int64 holder, Turn **turns, int n)
 		return;
 	params[at++] = Int64GetDatum(holder);
 	params[at++] = ObjectIdGetDatum(MyDatabaseId);
-	COLUMN(&int8_kind, Int64GetDatum(turns[i]->job.id));
-	COLUMN(&int8_kind, Int64GetDatum(turns[i]->job.epoch));
-	COLUMN(&bool_kind, BoolGetDatum(turns[i]->parked));
-	COLUMN(&time_kind, TimestampTzGetDatum(turns[i]->run_at));
-	COLUMN(&int8_kind, Int64GetDatum(turns[i]->seq));
-	COLUMN(&text_kind, text_or_null(turns[i]->status));
-	COLUMN(&bool_kind, BoolGetDatum(turns[i]->detached));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(turns[i]->job.id));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(turns[i]->job.epoch));
+	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(turns[i]->parked));
+	CHAT_DB_COLUMN(chat_times, TimestampTzGetDatum(turns[i]->run_at));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(turns[i]->seq));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(turns[i]->status));
+	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(turns[i]->detached));
 	chat_db_exec(&leave_turns, params, NULL);
 }
 
