@@ -99,7 +99,8 @@ foreach my $tokens (1, 1001, 10001)
 	diag("$tokens tokens came in " . @stored . ' events');
 	is(text_of(@torn), $answer,
 		"T41, T44: a torn reader has all of $tokens deltas, once");
-	is_deeply(\@torn, \@stored, 'event by event');
+	is_deeply(\@torn, \@stored,
+		'T34, T42: event by event, each number once');
 	is_deeply([ read_torn($task) ], \@stored, 'and when it comes late');
 	my $text = join '', map { $_->{text} }
 	  grep { $_->{type} eq 'text' } @{ $snapshot->{message}{parts} };
