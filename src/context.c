@@ -62,9 +62,10 @@ CHAT_STMT(load_earlier,
 		  "SELECT 1," CHAT_CONTEXT_COLUMNS
 		  " FROM chat.chat_message AS m"
 		  " WHERE m.session_id = $1 AND m.active AND m.sequence >="
-		  "  LEAST((SELECT max(b.sequence) FROM chat.chat_message AS b"
+		  "  LEAST(coalesce((SELECT max(b.sequence)"
+		  "   FROM chat.chat_message AS b"
 		  "   WHERE b.session_id = $1 AND b.active AND b.sequence <= $2"
-		  "    AND b.role <> 'tool'),"
+		  "    AND b.role <> 'tool'), $2),"
 		  "  (SELECT max(u.sequence) FROM chat.chat_message AS u"
 		  "   WHERE u.session_id = $1 AND u.active AND u.role = 'user'))"
 		  " ORDER BY m.sequence",
