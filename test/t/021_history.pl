@@ -24,7 +24,7 @@ sub sent
 
 	$fake->forget;
 	my $turn = turn_of($node, ask($node, $session, $message, %args));
-	is($turn->{status}, 'completed', "\"$message\" is answered")
+	is($turn->{status}, 'completed', '"' . ($message // '') . '" is answered')
 	  or diag(encode($turn->{error}));
 	return $fake->last_request->{body}{messages};
 }
