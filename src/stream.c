@@ -326,6 +326,25 @@ find_tool(ChatStream *s, const ChatToolDelta *d)
 	return t;
 }
 
+/* Gives a call an id that no other call of the answer has. */
+static void
+settle_id(ChatStream *s, ChatStreamTool *t)
+{
+	int			place = (int) (t - s->tools);
+
+	/* some endpoints send no id, others the same one twice */
+	if (t->id == NULL)
+		t->id = psprintf("call_%.8s_%d_%d", s->target.task_text,
+						 s->job.steps, place);
+	for (int i = 0; i < s->ntools; i++)
+		if (i != place && s->tools[i].announced &&
+			strcmp(s->tools[i].id, t->id) == 0)
+		{
+			t->id = psprintf("%s_%d", t->id, place);
+			i = -1;
+		}
+}
+
 /* Adds tool-input-start once the call has a name and an id. */
 static void
 announce_tool(ChatStream *s, ChatStreamTool *t)
@@ -334,10 +353,7 @@ announce_tool(ChatStream *s, ChatStreamTool *t)
 
 	if (t->announced || t->name == NULL)
 		return;
-	/* some endpoints send no id */
-	if (t->id == NULL)
-		t->id = psprintf("call_%s_%d", s->target.task_text,
-						 (int) (t - s->tools));
+	settle_id(s, t);
 	close_block(s);
 	initStringInfo(&json);
 	appendStringInfoString(&json, "{\"type\":\"tool-input-start\"");
@@ -680,38 +696,19 @@ tool_input(const ChatStreamTool *t)
 	return JsonbToCString(NULL, &input->root, VARSIZE(input));
 }
 
-/* Adds the event that tells a call's whole input, or what is wrong with it. */
+/* Adds the event that tells a call's whole input. */
 static void
 log_tool(ChatStream *s, const ChatStreamTool *t, const char *input)
 {
 	StringInfoData json;
 
 	initStringInfo(&json);
-	appendStringInfo(&json, "{\"type\":\"%s\"",
-					 input ? "tool-input-available" : "tool-input-error");
+	appendStringInfoString(&json, "{\"type\":\"tool-input-available\"");
 	chat_append_member(&json, "toolCallId", t->id);
 	chat_append_member(&json, "toolName", t->name);
-	appendStringInfoString(&json, ",\"input\":");
-	if (input)
-		appendStringInfoString(&json, input);
-	else
-		chat_append_string(&json, t->arguments.data, t->arguments.len);
-	if (!input)
-		chat_append_member(&json, "errorText", "the arguments are not a JSON object");
-	appendStringInfoChar(&json, '}');
+	appendStringInfo(&json, ",\"input\":%s}", input);
 	log_end(s, json.data);
 	pfree(json.data);
-}
-
-/* Gives the calls of one answer ids that differ. */
-static void
-separate_ids(ChatStream *s)
-{
-	for (int i = 1; i < s->ntools; i++)
-		for (int k = 0; k < i; k++)
-			if (s->tools[i].id && s->tools[k].id &&
-				strcmp(s->tools[i].id, s->tools[k].id) == 0)
-				s->tools[i].id = psprintf("%s_%d", s->tools[i].id, i);
 }
 
 /* Builds what turn.c stores of the calls; adds their events. */
@@ -740,7 +737,9 @@ calls_json(ChatStream *s)
 		else
 			chat_append_member(&json, "error", "the arguments are not a JSON object");
 		appendStringInfoChar(&json, '}');
-		log_tool(s, t, input);
+		/* what is no input is told with the call's result, by its turn */
+		if (input)
+			log_tool(s, t, input);
 	}
 	appendStringInfoChar(&json, ']');
 	return json.data;
@@ -752,7 +751,6 @@ complete_step(ChatStream *s)
 {
 	s->ended = true;
 	s->end.kind = CHAT_END_TOOLS;
-	separate_ids(s);
 	settle_message(s, &s->end, false);
 	close_block(s);
 	s->end.calls = calls_json(s);

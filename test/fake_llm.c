@@ -30,6 +30,8 @@
  *   toolfinish=R  steps=N (tool steps before the last answer; 1)
  *   thentokens=N  thentext=T  then.KEY=V (the last answer's directives; its
  *   default is "Tool said: " and the last tool result)
+ * Steps:  at=N: this block is for the request that follows N tool steps, and
+ *   then no other is; without such a block the others count
  * Pace:  first=MS  delay=MS  gate=NAME  gateat=UNIT:NAME  gatehead=NAME
  *   (before the status line)
  * Wire:  split=B  splitat=K  eol=lf|cr|crlf  bom=1  comments=1  multidata=1
@@ -1090,7 +1092,7 @@ take_value(Plan *plan, const KeySpec *spec, const Pair *pair)
 static bool
 take_pair(Plan *plan, Pair pair, bool after_tools, bool failing)
 {
-	static const char *const others[] = {"times", "key", "for", "gate",
+	static const char *const others[] = {"times", "key", "for", "at", "gate",
 		"gatehead", "gateat", "tool", "args", "id", NULL};
 	bool		then = pair.klen > 4 && memcmp(pair.key, "then", 4) == 0;
 
@@ -1199,9 +1201,24 @@ is_for_title(const char *p, const char *end)
 	return false;
 }
 
-/* Finds the last directive in a message; *end is set behind its text. */
+/* Returns after how many tool steps a directive counts; -1: any. */
+static long
+step_of(const char *p, const char *end)
+{
+	Pair		pair;
+
+	while (next_pair(&p, end, &pair))
+		if (pair_is(&pair, "at"))
+			return strtol(pair.value, NULL, 10);
+	return -1;
+}
+
+/*
+ * Finds the last directive in a message that counts after so many tool steps
+ * (-1: those that count always); *end is set behind its text.
+ */
 static const char *
-find_directive(const char *text, bool title, const char **end)
+find_directive(const char *text, bool title, long step, const char **end)
 {
 	const char *found = NULL;
 	const char *open = text;
@@ -1213,7 +1230,8 @@ find_directive(const char *text, bool title, const char **end)
 		if (close == NULL)
 			break;
 		if (memchr(open, '=', close - open) &&
-			is_for_title(open + 2, close) == title)
+			is_for_title(open + 2, close) == title &&
+			step_of(open + 2, close) == step)
 		{
 			found = open + 2;
 			*end = close;
@@ -2942,8 +2960,11 @@ plan_answer(Stream *s, Facts *f)
 	bool		after_tools = false;
 	Plan	   *p = &s->plan;
 
-	directive = find_directive(buf_str(&f->user), title, &end);
+	directive = find_directive(buf_str(&f->user), title, f->tool_steps, &end);
 	if (directive)
+		plan_read(p, directive, end, false);
+	else if ((directive = find_directive(buf_str(&f->user), title, -1,
+										 &end)) != NULL)
 	{
 		plan_read(p, directive, end, false);
 		if (p->ncalls > 0 && f->tool_steps >= (p->steps > 0 ? p->steps : 1))
