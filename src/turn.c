@@ -210,6 +210,14 @@ CHAT_STMT(take_progress,
 		  " SELECT operation_id, progress::text FROM p ORDER BY id",
 		  UUIDARRAYOID);
 
+/* $1 task, $2 step: the message that asks for the step's calls */
+CHAT_STMT(step_message,
+		  "SELECT m.metadata->>'reasoning', COALESCE(m.content, m.refusal)"
+		  " FROM chat.chat_tool_call AS c JOIN chat.chat_message AS m"
+		  "  ON m.session_id = c.session_id AND m.id = c.message_id"
+		  " WHERE c.task_id = $1 AND c.step = $2 LIMIT 1",
+		  UUIDOID, INT4OID);
+
 /*
  * Arrays: $1 operation, $2 status (NULL = as it is), $3 result (the same),
  * $4 announced, $5 delivered, $6 content of the tool message (NULL = as it is)
@@ -737,6 +745,38 @@ wait_on(Turn *t)
 		t->status = "waiting";
 }
 
+/* Adds a block of text that listeners are told again. */
+static void
+log_again(Turn *t, const char *kind, const ChatDeltaType *delta,
+		  const char *text)
+{
+	char	   *id = psprintf("%s-again", kind);
+
+	if (text == NULL || text[0] == '\0')
+		return;
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   psprintf("{\"type\":\"%s-start\",\"id\":\"%s\"}", kind, id));
+	chat_event_delta(&t->log, CurrentMemoryContext, delta, id, text,
+					 strlen(text));
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   psprintf("{\"type\":\"%s-end\",\"id\":\"%s\"}", kind, id));
+}
+
+/* Tells listeners again what the step's message says beside its calls. */
+static void
+log_step(Turn *t)
+{
+	MemoryContext old = CurrentMemoryContext;
+	Datum		values[2] = {UUIDPGetDatum(&t->job.task),
+	Int32GetDatum(t->steps)};
+
+	if (chat_db_exec(&step_message, values, NULL) == 0)
+		return;
+	MemoryContextSwitchTo(old);
+	log_again(t, "reasoning", &chat_reasoning_delta, chat_db_text(0, 1));
+	log_again(t, "text", &chat_text_delta, chat_db_text(0, 2));
+}
+
 /* Gives one task its turn. */
 static void
 take_turn(Turn *t, TimestampTz now)
@@ -747,6 +787,7 @@ take_turn(Turn *t, TimestampTz now)
 	{
 		chat_event_add(&t->log, CurrentMemoryContext,
 					   "{\"type\":\"reset-step\"}");
+		log_step(t);
 		for (int i = 0; i < t->ncalls; i++)
 		{
 			log_input(t, &t->calls[i]);
