@@ -57,7 +57,7 @@ sub end_of
 	return;
 }
 
-end_of('stop -m fast', 0, sub { $node->restart('fast') });
+end_of('stop -m fast', 0, sub { $node->restart });
 end_of('stop -m smart and a restart',
 	0, sub { $node->stop('smart'); $node->start });
 end_of('pg_terminate_backend of the worker', 0, sub {

@@ -111,7 +111,7 @@ $what = 'stop without the standby';
 $by = ChatTest::Bystander->new($node, $fake);
 set_standby('nobody');
 $fake->open_gate('v', 1);
-$node->restart('fast');
+$node->restart;
 pass("$what: the server stops");
 is(row($node, 'SELECT count(*) FROM chat.chat_job WHERE holder IS NOT NULL')
 	  ->{count}, 0, "$what: the jobs were given back");
