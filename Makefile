@@ -116,7 +116,10 @@ FRONTEND_CFLAGS = -g -Wall -Wextra -Wno-unused-parameter -D_GNU_SOURCE \
 FRONTEND_LIBS = -L$(pkglibdir) -L$(libdir) -lpgcommon -lpgport -lm
 FUZZ_CC = $(or $(CLANG),clang)
 
-tools: $(TOOLS)
+# Libraries that a server of a test loads before all others
+PRELOAD = $(patsubst test/preload/%.c,build/%.so,$(wildcard test/preload/*.c))
+
+tools: $(TOOLS) $(PRELOAD)
 unit: $(UNIT)
 fuzz: $(FUZZ)
 
@@ -125,6 +128,10 @@ $(TOOLS): build/%: test/%.c
 	$(CC) $(TOOL_CFLAGS) -I$(includedir) $(shell curl-config --cflags) \
 	  -o $@ $< -L$(libdir) -Wl,--as-needed -lpq \
 	  $(shell curl-config --libs) -lpthread -lm
+
+$(PRELOAD): build/%.so: test/preload/%.c
+	@mkdir -p $(@D)
+	$(CC) $(TOOL_CFLAGS) -fPIC -shared -o $@ $<
 
 # They include the source that they test.
 $(UNIT) $(FUZZ): $(wildcard src/*.[ch] test/unit/*.h test/fuzz/*.h)

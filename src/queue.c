@@ -300,6 +300,20 @@ CHAT_STMT(end_strays,
 		  " FROM task JOIN chat.chat_session AS s ON s.id = task.session_id",
 		  OIDOID, INT4OID, UUIDARRAYOID);
 
+/*
+ * $1 database, $2 ms that the clock was set back: what was to come in the
+ * near future still is.  What another worker has moved already is no more
+ * than half of that away.
+ */
+CHAT_STMT(move_times,
+		  "WITH moved AS ("
+		  " UPDATE chat.chat_tool_call SET deadline = deadline - $2 * '1 ms'::interval"
+		  " WHERE ended_at IS NULL AND deadline > now() + $2 * '0.5 ms'::interval)"
+		  " UPDATE chat.chat_job SET run_at = run_at - $2 * '1 ms'::interval"
+		  " WHERE database = $1 AND holder IS NULL AND isfinite(run_at)"
+		  "  AND run_at > now() + $2 * '0.5 ms'::interval",
+		  OIDOID, INT8OID);
+
 /* $1 holder */
 CHAT_STMT(held_jobs,
 		  "SELECT id, epoch, cancel FROM chat.chat_job WHERE holder = $1"
@@ -568,6 +582,16 @@ chat_queue_strays(ChatStray **strays, bool *skipped)
 		s->told = !isnull && chat_db_bool(i, 5);
 	}
 	return n;
+}
+
+/* Has what is due in the future come when it should, on another clock. */
+void
+chat_queue_move(int64 ms)
+{
+	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId),
+	Int64GetDatum(ms)};
+
+	chat_db_exec(&move_times, values, NULL);
 }
 
 /* Lists the jobs that are ours in the table; returns how many. */

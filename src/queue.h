@@ -100,6 +100,7 @@ extern int	chat_queue_claim(int64 holder, int limit, bool bare,
 							 ChatJob **jobs, ChatQueueRest *rest);
 extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
+extern void chat_queue_move(int64 ms);
 extern int	chat_queue_adopt(const int64 *live, int nlive);
 extern int	chat_queue_strays(ChatStray **strays, bool *skipped);
 extern int	chat_queue_held(int64 holder, int64 **ids, int64 **epochs,

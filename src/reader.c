@@ -267,7 +267,7 @@ stop_waiting(int code, Datum task)
  * come.  False: it has slept, look again.
  */
 static bool
-try_answer(const Question *q, Answer *a, TimestampTz until)
+try_answer(const Question *q, Answer *a, int64 until)
 {
 	volatile bool done = true;
 	uint64		seen = chat_shmem_wait_prepare(q->task);
@@ -277,7 +277,7 @@ try_answer(const Question *q, Answer *a, TimestampTz until)
 		long		left;
 
 		answer_query(q, a);
-		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
+		left = (long) (until - chat_shmem_clock());
 		if (a->events.n == 0 && !a->ended && left > 0)
 		{
 			(void) chat_shmem_wait(q->task, seen, left);
@@ -313,7 +313,7 @@ await_answer(const Question *q, Answer *a, int64 timeout)
 {
 	MemoryContext context = CurrentMemoryContext;
 	MemoryContext attempt;
-	TimestampTz until;
+	int64		until;
 	bool		done;
 
 	/* without a task there is nothing to wait for */
@@ -323,7 +323,7 @@ await_answer(const Question *q, Answer *a, int64 timeout)
 		return;
 	}
 	require_news();
-	until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), timeout);
+	until = chat_shmem_clock() + timeout;
 	/* lives as long as the answer: a child, emptied before each new try */
 	attempt = AllocSetContextCreate(context, "chat reader",
 									ALLOCSET_DEFAULT_SIZES);

@@ -18,6 +18,7 @@
 
 #include "access/xact.h"
 #include "miscadmin.h"
+#include "portability/instr_time.h"
 #include "storage/condition_variable.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
@@ -447,6 +448,16 @@ chat_shmem_wait_cancel(const pg_uuid_t *task)
 	pg_atomic_fetch_sub_u32(&bucket_of(task)->readers, 1);
 }
 
+/* Returns a time in ms for waits: nobody sets this clock. */
+int64
+chat_shmem_clock(void)
+{
+	instr_time	now;
+
+	INSTR_TIME_SET_CURRENT(now);
+	return (int64) INSTR_TIME_GET_MILLISEC(now);
+}
+
 /*
  * Sleeps until something of the task (or of one that shares its bucket) was
  * committed after the given generation; false after timeout ms.
@@ -455,15 +466,13 @@ bool
 chat_shmem_wait(const pg_uuid_t *task, uint64 seen, long timeout)
 {
 	WaitBucket *bucket = bucket_of(task);
-	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-												  timeout);
+	int64		end = chat_shmem_clock() + timeout;
 	bool		moved;
 
 	ConditionVariablePrepareToSleep(&bucket->cv);
 	while (!(moved = pg_atomic_read_u64(&bucket->generation) != seen))
 	{
-		long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
-														   end);
+		long		left = (long) (end - chat_shmem_clock());
 
 		if (left <= 0)
 			break;

@@ -114,6 +114,7 @@ extern void chat_shmem_strays_at_commit(void);
 extern void chat_shmem_check_at_commit(void);
 extern uint64 chat_shmem_wait_prepare(const pg_uuid_t *task);
 extern void chat_shmem_wait_cancel(const pg_uuid_t *task);
+extern int64 chat_shmem_clock(void);
 extern bool chat_shmem_wait(const pg_uuid_t *task, uint64 seen, long timeout);
 extern void chat_shmem_publish(const pg_uuid_t *task);
 extern void chat_shmem_publish_at_commit(const pg_uuid_t *task);

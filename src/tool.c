@@ -163,7 +163,7 @@ typedef struct WaitingRole
 	Oid			role;
 	int			calls;
 	int			false_starts;
-	TimestampTz not_before;
+	int64		not_before;		/* by chat_shmem_clock() */
 } WaitingRole;
 
 static bool orphans = false;	/* calls whose worker has ended */
@@ -267,8 +267,7 @@ reap_tools(void)
 			WaitingRole *r = find_role(slot->role);
 
 			r->false_starts++;
-			r->not_before = TimestampTzPlusMilliseconds(now,
-														100 << r->false_starts);
+			r->not_before = chat_shmem_clock() + (100 << r->false_starts);
 		}
 		slot->state = CHAT_SLOT_FREE;
 		slot->database = InvalidOid;
@@ -338,7 +337,7 @@ chat_tool_schedule(void)
 		WaitingRole *r = &roles[i];
 		int			missing = r->calls > 0 ? r->calls - count_starting(r->role) : 0;
 
-		if (missing > 0 && r->not_before > GetCurrentTimestamp())
+		if (missing > 0 && r->not_before > chat_shmem_clock())
 		{
 			later = true;
 			continue;

@@ -68,6 +68,8 @@
 #define MAX_PENDING (256 * 1024)
 /* descriptors that stay free for the server's own use */
 #define RESERVED_FILES 64
+/* a clock that was set back by less is waited for, in ms */
+#define CLOCK_SLACK 1000
 #define MIN_BACKOFF 10
 #define MAX_BACKOFF 1000
 #define NEVER PG_INT64_MAX
@@ -1208,6 +1210,35 @@ check_times(int64 now)
 	}
 }
 
+/* Transaction: what is due is due as soon as before on the old clock. */
+static void
+move_work(void *arg)
+{
+	chat_queue_move(*(int64 *) arg);
+}
+
+/*
+ * Sees whether somebody has set the server's clock back since the last look:
+ * then the times that stand in the tables are too far away.
+ */
+static void
+check_clock(int64 now)
+{
+	static int64 last = PG_INT64_MAX;
+	int64		offset = GetCurrentTimestamp() / 1000 - now;
+	int64		back = last - offset;
+
+	if (last == PG_INT64_MAX || back < CLOCK_SLACK)
+	{
+		last = offset;
+		return;
+	}
+	ereport(LOG,
+			(errmsg("the clock was set back by " INT64_FORMAT " ms", back)));
+	if (try_transaction("follow the clock", true, move_work, &back) == NULL)
+		last = offset;
+}
+
 /* Returns how long the loop may sleep, in ms; -1 = until something comes. */
 static long
 sleep_time(void)
@@ -1523,7 +1554,10 @@ chat_worker_main(Datum slot)
 		if (turns_due)
 			turn();
 		if (claim_is_due(now))
+		{
+			check_clock(now);
 			claim();
+		}
 		if (chat_retention_due() <= now)
 			retire();
 		if (chat_tool_orphans())
