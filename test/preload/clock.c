@@ -11,7 +11,9 @@
  * signal handlers: the children find its guard against recursion set and keep
  * the true time.)
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/mman.h>
