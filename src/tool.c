@@ -65,8 +65,6 @@
 #define MAX_FALSE_STARTS 3
 /* a slot whose worker never came is free again after, in ms */
 #define START_TIME 30000
-/* how often an SQL call may take its worker down */
-#define MAX_CRASHES 3
 
 static int	tool_workers = 4;
 static int	tool_timeout = 60000;

@@ -1067,18 +1067,20 @@ chat_turn_progress(const pg_uuid_t *operation, const char *report,
 {
 	Datum		values[2] = {UUIDPGetDatum(operation),
 	Int32GetDatum(chat_queue_first_run())};
-	Turn		t = {0};
+	Turn	   *t;
 	Call		c = {0};
 
 	if (chat_db_exec(&next_seq, values, NULL) == 0)
 		return false;
-	*task = t.target.task = chat_db_uuid(0, 2);
-	strlcpy(t.target.task_text, uuid_text(task), sizeof(t.target.task_text));
-	t.target.slot = DatumGetInt16(chat_db_datum(0, 3, &(bool) {false}));
-	t.target.channel = chat_db_text(0, 4);
+	/* the batch points into its targets */
+	t = palloc0(sizeof(Turn));
+	*task = t->target.task = chat_db_uuid(0, 2);
+	strlcpy(t->target.task_text, uuid_text(task), sizeof(t->target.task_text));
+	t->target.slot = DatumGetInt16(chat_db_datum(0, 3, &(bool) {false}));
+	t->target.channel = chat_db_text(0, 4);
 	c.call_id = chat_db_text(0, 5);
-	log_progress(&t, &c, report);
-	(void) chat_event_collect(batch, &t.target,
-							  chat_db_int64(0, 1, 0) - 1, &t.log);
+	log_progress(t, &c, report);
+	(void) chat_event_collect(batch, &t->target,
+							  chat_db_int64(0, 1, 0) - 1, &t->log);
 	return true;
 }
