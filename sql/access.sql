@@ -35,17 +35,25 @@ GRANT regress_chat_team TO regress_chat_member;
 \set s3 '''00000000-0000-4000-8000-000000000003'''
 \set none '''00000000-0000-4000-8000-00000000dead'''
 
--- nothing is granted to anybody
+-- nothing is granted to anybody; monitoring roles see figures
 SELECT count(*) AS usage_of_schema
 FROM pg_namespace AS n, aclexplode(n.nspacl) AS a
-WHERE n.nspname = 'chat' AND a.grantee <> n.nspowner;
+WHERE n.nspname = 'chat'
+	AND a.grantee NOT IN (n.nspowner, 'pg_monitor'::regrole);
 SELECT count(*) AS on_tables
 FROM pg_class AS c, aclexplode(c.relacl) AS a
-WHERE c.relnamespace = 'chat'::regnamespace AND a.grantee <> c.relowner;
+WHERE c.relnamespace = 'chat'::regnamespace
+	AND a.grantee NOT IN (c.relowner, 'pg_monitor'::regrole);
 SELECT count(*) AS on_routines
 FROM pg_proc AS p,
 	aclexplode(COALESCE(p.proacl, acldefault('f', p.proowner))) AS a
-WHERE p.pronamespace = 'chat'::regnamespace AND a.grantee <> p.proowner;
+WHERE p.pronamespace = 'chat'::regnamespace
+	AND a.grantee NOT IN (p.proowner, 'pg_monitor'::regrole);
+SELECT c.oid::regclass AS figures, a.privilege_type
+FROM pg_class AS c, aclexplode(c.relacl) AS a
+WHERE c.relnamespace = 'chat'::regnamespace
+	AND a.grantee = 'pg_monitor'::regrole
+ORDER BY c.oid::regclass::text COLLATE "C";
 SET ROLE regress_chat_nobody;
 SELECT state, message FROM raised('SELECT chat.create_chat_session()');
 SELECT state, message FROM raised('SELECT * FROM chat.chat_session');

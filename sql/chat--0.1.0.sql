@@ -131,8 +131,8 @@ CREATE TABLE chat.chat_job (
 	session_id uuid NOT NULL
 		REFERENCES chat.chat_session ON DELETE CASCADE,
 	task_id uuid,
-	-- the task's endpoint, for its limits; null: a tool's
-	server name,
+	-- the task's endpoint, for its limits; empty: none
+	server name NOT NULL DEFAULT '',
 	-- the session's owner, for fairness
 	owner oid NOT NULL,
 	-- the database's own OID: a copy of the database runs nothing
@@ -164,6 +164,16 @@ CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
 	WHERE holder IS NULL AND kind <> 'tool';
 CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
 	WHERE holder IS NULL AND kind = 'tool';
+-- when there are more jobs than room: turn by turn, within servers' limits
+CREATE INDEX chat_job_fair_idx
+	ON chat.chat_job (server, owner, priority, run_at, id)
+	WHERE holder IS NULL AND kind <> 'tool' AND NOT parked;
+CREATE INDEX chat_job_cancel_idx ON chat.chat_job (id)
+	WHERE holder IS NULL AND cancel;
+CREATE INDEX chat_job_parked_idx ON chat.chat_job (run_at)
+	WHERE holder IS NULL AND parked;
+CREATE INDEX chat_job_later_idx ON chat.chat_job (run_at)
+	WHERE holder IS NULL AND run_at > '-infinity';
 CREATE INDEX chat_job_session_idx ON chat.chat_job (session_id);
 
 CREATE TABLE chat.chat_tool (
@@ -851,6 +861,81 @@ COMMENT ON FUNCTION chat.worker_status() IS
 'the workers of this database and what they have counted since they started';
 
 --
+-- Statistics
+--
+-- Plain numbers, for a metrics exporter.  They tell nothing of what is said,
+-- but of how much: for monitoring roles, see the last section.
+--
+
+CREATE FUNCTION chat.server_statistics(
+	OUT server_oid oid,
+	OUT server name,
+	OUT open_requests bigint,
+	OUT requests bigint,
+	OUT completed bigint,
+	OUT failed bigint,
+	OUT cancelled bigint,
+	OUT retried bigint,
+	OUT rate_limited bigint,
+	OUT first_tokens bigint,
+	OUT first_token_seconds double precision,
+	OUT first_token_seconds_last double precision,
+	OUT tokens bigint,
+	OUT token_seconds double precision,
+	OUT requests_last_minute bigint,
+	OUT closed_seconds double precision)
+RETURNS SETOF record
+LANGUAGE c VOLATILE PARALLEL RESTRICTED
+AS 'MODULE_PATHNAME', 'chat_server_statistics';
+COMMENT ON FUNCTION chat.server_statistics() IS
+'what the endpoints of this database were asked and how they answered, since the server started';
+
+CREATE VIEW chat.stat_server AS
+	SELECT f.srvname AS server, s.open_requests, s.requests, s.completed,
+		s.failed, s.cancelled, s.retried, s.rate_limited,
+		s.first_tokens, s.first_token_seconds,
+		s.first_token_seconds / NULLIF(s.first_tokens, 0) AS first_token_seconds_avg,
+		s.first_token_seconds_last, s.tokens, s.token_seconds,
+		s.tokens / NULLIF(s.token_seconds, 0) AS tokens_per_second,
+		s.requests_last_minute, s.closed_seconds
+	FROM chat.server_statistics() AS s
+		JOIN pg_catalog.pg_foreign_server AS f ON f.oid = s.server_oid;
+COMMENT ON VIEW chat.stat_server IS
+'endpoints: requests and how they ended, time to the first token, tokens per second, how long one is closed after a 429; counted since the server started';
+
+CREATE VIEW chat.stat_worker AS
+	SELECT w.pid, w.state, w.started_at,
+		EXTRACT(epoch FROM pg_catalog.clock_timestamp() - w.started_at)::double precision AS seconds,
+		w.open_streams, w.stream_limit, w.requests, w.completed, w.failed,
+		w.cancelled, w.retried, w.events, w.flushes, w.unnotified
+	FROM chat.worker_status() AS w;
+COMMENT ON VIEW chat.stat_worker IS
+'workers of this database and what they have counted since they started';
+
+CREATE VIEW chat.stat_queue AS
+	SELECT k.kind, s.state, pg_catalog.count(j.id) AS depth,
+		COALESCE(EXTRACT(epoch FROM pg_catalog.clock_timestamp()
+			- pg_catalog.min(j.created_at)), 0)::double precision AS oldest_seconds
+	FROM (VALUES ('completion'), ('tool'), ('title'), ('summary')) AS k (kind)
+		CROSS JOIN (VALUES ('due'), ('later'), ('parked'), ('running')) AS s (state)
+		LEFT JOIN (SELECT id, kind, created_at, CASE
+				WHEN holder IS NOT NULL THEN 'running'
+				WHEN parked THEN 'parked'
+				WHEN run_at <= pg_catalog.now() THEN 'due'
+				ELSE 'later' END AS state
+			FROM chat.chat_job) AS j ON j.kind = k.kind AND j.state = s.state
+	GROUP BY k.kind, s.state
+	UNION ALL
+	SELECT 'completion', 'behind', pg_catalog.count(t.id),
+		COALESCE(EXTRACT(epoch FROM pg_catalog.clock_timestamp()
+			- pg_catalog.min(t.created_at)), 0)::double precision
+	FROM chat.chat_task AS t
+	WHERE t.status = 'queued' AND NOT EXISTS (SELECT FROM chat.chat_job AS j
+		WHERE j.session_id = t.session_id AND j.task_id = t.id);
+COMMENT ON VIEW chat.stat_queue IS
+'jobs by kind and state (due, later, parked until a tool call ends, running; behind another task of their session), how many and how old the oldest is';
+
+--
 -- Resume
 --
 -- Readers of event streams: they run as the extension's owner and check the
@@ -1172,7 +1257,7 @@ CREATE FUNCTION chat.usage_objects() RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 	WITH administration AS (
 		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
-			'create_search_index',
+			'create_search_index', 'server_statistics',
 			'grant_callback', 'reassign_owner', 'add_usage', 'pause', 'resume', 'drain',
 			'chat_llm_validator', 'chat_tool_validator']::name[] AS names),
 	member AS (
@@ -1187,7 +1272,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 	FROM member AS m
 		JOIN pg_class AS c ON c.oid = m.objid
 	WHERE m.classid = 'pg_class'::regclass
-		AND (c.relkind = 'v'
+		AND (c.relkind = 'v' AND c.relname NOT LIKE 'stat\_%'
 			OR c.relkind IN ('r', 'p') AND c.relrowsecurity
 				AND EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = c.oid))
 	UNION ALL
@@ -1264,6 +1349,11 @@ BEGIN
 	END LOOP;
 END
 $$;
+
+-- What there is to count is the business of monitoring roles.
+GRANT USAGE ON SCHEMA chat TO pg_monitor;
+GRANT SELECT ON chat.stat_worker, chat.stat_queue, chat.stat_server TO pg_monitor;
+GRANT EXECUTE ON FUNCTION chat.worker_status, chat.server_statistics TO pg_monitor;
 
 -- A dump carries the conversations, not the queue and the event streams: a
 -- restored database calls no LLM again.

@@ -25,6 +25,82 @@
 /* runs of one timeline; see P3 in the README */
 #define RUNS_PER_TIMELINE 256
 
+/* A job that may be claimed: j, of database db. */
+#define CLAIMABLE(db) \
+	" j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked" \
+	" AND j.database = " db " AND j.run_at <= now()" \
+	" AND NOT EXISTS (SELECT FROM chat.chat_task AS r" \
+	"  WHERE r.session_id = j.session_id AND r.status = 'running'" \
+	"   AND r.id <> j.task_id)"
+
+/*
+ * Of which servers and owners there are jobs: the index is entered once for
+ * each pair, however many jobs there are.
+ */
+#define PAIRS(db) \
+	"pair (server, owner) AS (" \
+	" (SELECT j.server, j.owner FROM chat.chat_job AS j" \
+	"  WHERE j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked" \
+	"   AND j.database = " db " ORDER BY j.server, j.owner LIMIT 1)" \
+	" UNION ALL" \
+	" SELECT n.server, n.owner FROM pair AS p CROSS JOIN LATERAL" \
+	"  (SELECT j.server, j.owner FROM chat.chat_job AS j" \
+	"   WHERE j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked" \
+	"    AND j.database = " db \
+	"    AND (j.server, j.owner) > (p.server, p.owner)" \
+	"   ORDER BY j.server, j.owner LIMIT 1) AS n" \
+	")"
+
+/* What every claim does with the jobs that it has chosen and locked. */
+#define PICKED_COLUMNS \
+	" j.id, j.session_id, j.task_id, j.rerun, s.next_sequence," \
+	" s.channel, s.user_id, s.settings"
+
+#define TAKE_PICKED \
+	"), old AS MATERIALIZED (" \
+	" SELECT p.*, t.run, t.input, t.message_id," \
+	"  (p.rerun OR t.run < $4) AS new_run," \
+	"  (SELECT e.slot FROM chat.chat_event_slot AS e" \
+	"   ORDER BY e.opened_at DESC LIMIT 1) AS open_slot" \
+	" FROM picked AS p JOIN chat.chat_task AS t ON t.id = p.task_id" \
+	"), job AS (" \
+	" UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1," \
+	"  attempts = j.attempts + 1, reset = false, rerun = false" \
+	" FROM old AS o WHERE j.id = o.id" \
+	" RETURNING j.id, j.epoch, j.owner, j.attempts, j.crashes, j.cancel," \
+	"  j.last_seq" \
+	"), task AS (" \
+	" UPDATE chat.chat_task AS t SET status = 'running', input = NULL," \
+	"  started_at = COALESCE(t.started_at, now())," \
+	"  slot = COALESCE(t.slot, o.open_slot)," \
+	"  run = CASE WHEN o.new_run THEN GREATEST(t.run + 1, $4)" \
+	"   ELSE t.run END" \
+	" FROM old AS o WHERE t.id = o.task_id" \
+	" RETURNING t.id, t.run, t.slot, t.answer_id, t.server, t.options," \
+	"  t.steps" \
+	"), message AS (" \
+	" INSERT INTO chat.chat_message (session_id, sequence, id, role," \
+	"  content, task_id, metadata)" \
+	" SELECT o.session_id, o.next_sequence," \
+	"  COALESCE(o.message_id, gen_random_uuid()), o.input->>'role'," \
+	"  o.input->>'content', o.task_id," \
+	"  COALESCE(o.input->'metadata', '{}')" \
+	" FROM old AS o WHERE o.input IS NOT NULL AND NOT $5" \
+	"), session AS (" \
+	" UPDATE chat.chat_session AS s" \
+	" SET next_sequence = s.next_sequence + 1, updated_at = now()" \
+	" FROM old AS o WHERE s.id = o.session_id AND o.input IS NOT NULL" \
+	"  AND NOT $5)" \
+	" SELECT j.id, j.epoch, o.session_id, o.task_id, t.answer_id," \
+	"  j.owner, j.attempts, j.crashes, o.run < 0," \
+	"  j.cancel, t.run, j.last_seq, t.slot, o.channel::text," \
+	"  t.server::text, o.user_id, (o.settings || t.options)::text," \
+	"  o.new_run, p.reset, t.steps" \
+	" FROM old AS o JOIN job AS j ON j.id = o.id" \
+	" JOIN task AS t ON t.id = o.task_id" \
+	" JOIN chat.chat_job AS p ON p.id = o.id" \
+	" ORDER BY j.id"
+
 /*
  * $1 holder, $2 limit, $3 database, $4 first run of this timeline, $5 bare
  *
@@ -33,76 +109,96 @@
  */
 CHAT_STMT(claim_jobs,
 		  "WITH picked AS MATERIALIZED ("
-		  " SELECT j.id, j.session_id, j.task_id, j.rerun, s.next_sequence,"
-		  "  s.channel, s.user_id, s.settings"
-		  " FROM chat.chat_job AS j"
+		  " SELECT" PICKED_COLUMNS " FROM chat.chat_job AS j"
 		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
-		  " WHERE j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked"
-		  "  AND j.database = $3 AND j.run_at <= now()"
-		  "  AND NOT EXISTS (SELECT FROM chat.chat_task AS r"
-		  "   WHERE r.session_id = j.session_id AND r.status = 'running'"
-		  "    AND r.id <> j.task_id)"
+		  " WHERE" CLAIMABLE("$3")
 		  " ORDER BY j.priority, j.run_at, j.id LIMIT $2"
 		  " FOR UPDATE OF j SKIP LOCKED"
 		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
-		  "), old AS MATERIALIZED ("
-		  " SELECT p.*, t.run, t.input, t.message_id,"
-		  "  (p.rerun OR t.run < $4) AS new_run,"
-		  "  (SELECT e.slot FROM chat.chat_event_slot AS e"
-		  "   ORDER BY e.opened_at DESC LIMIT 1) AS open_slot"
-		  " FROM picked AS p JOIN chat.chat_task AS t ON t.id = p.task_id"
-		  "), job AS ("
-		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
-		  "  attempts = j.attempts + 1, reset = false, rerun = false"
-		  " FROM old AS o WHERE j.id = o.id"
-		  " RETURNING j.id, j.epoch, j.owner, j.attempts, j.crashes, j.cancel,"
-		  "  j.last_seq"
-		  "), task AS ("
-		  " UPDATE chat.chat_task AS t SET status = 'running', input = NULL,"
-		  "  started_at = COALESCE(t.started_at, now()),"
-		  "  slot = COALESCE(t.slot, o.open_slot),"
-		  "  run = CASE WHEN o.new_run THEN GREATEST(t.run + 1, $4)"
-		  "   ELSE t.run END"
-		  " FROM old AS o WHERE t.id = o.task_id"
-		  " RETURNING t.id, t.run, t.slot, t.answer_id, t.server, t.options,"
-		  "  t.steps"
-		  "), message AS ("
-		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
-		  "  content, task_id, metadata)"
-		  " SELECT o.session_id, o.next_sequence,"
-		  "  COALESCE(o.message_id, gen_random_uuid()), o.input->>'role',"
-		  "  o.input->>'content', o.task_id,"
-		  "  COALESCE(o.input->'metadata', '{}')"
-		  " FROM old AS o WHERE o.input IS NOT NULL AND NOT $5"
-		  "), session AS ("
-		  " UPDATE chat.chat_session AS s"
-		  " SET next_sequence = s.next_sequence + 1, updated_at = now()"
-		  " FROM old AS o WHERE s.id = o.session_id AND o.input IS NOT NULL"
-		  "  AND NOT $5)"
-		  " SELECT j.id, j.epoch, o.session_id, o.task_id, t.answer_id,"
-		  "  j.owner, j.attempts, j.crashes, o.run < 0,"
-		  "  j.cancel, t.run, j.last_seq, t.slot, o.channel::text,"
-		  "  t.server::text, o.user_id, (o.settings || t.options)::text,"
-		  "  o.new_run, p.reset, t.steps"
-		  " FROM old AS o JOIN job AS j ON j.id = o.id"
-		  " JOIN task AS t ON t.id = o.task_id"
-		  " JOIN chat.chat_job AS p ON p.id = o.id"
-		  " ORDER BY j.id",
+		  TAKE_PICKED,
 		  INT8OID, INT4OID, OIDOID, INT4OID, BOOLOID);
 
-/* $1 database: what is due and unclaimed, and when the next one is due */
+/* The same for jobs that shall end. */
+CHAT_STMT(claim_cancelled,
+		  "WITH picked AS MATERIALIZED ("
+		  " SELECT" PICKED_COLUMNS " FROM chat.chat_job AS j"
+		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " WHERE" CLAIMABLE("$3") " AND j.cancel"
+		  " LIMIT $2"
+		  " FOR UPDATE OF j SKIP LOCKED"
+		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
+		  TAKE_PICKED,
+		  INT8OID, INT4OID, OIDOID, INT4OID, BOOLOID);
+
+/*
+ * The same when there is less room than jobs.  $6 owners and $7 how many of
+ * their jobs are at work here, $8 servers and $9 how many more they take
+ *
+ * The owner with the fewest jobs at work has the next turn (T27).
+ */
+CHAT_STMT(claim_fairly,
+		  "WITH RECURSIVE " PAIRS("$3") ", open AS MATERIALIZED ("
+		  " SELECT p.server, p.owner, COALESCE(h.n, 0) AS held,"
+		  "  LEAST(COALESCE(r.room, $2), $2) AS room"
+		  " FROM pair AS p"
+		  " LEFT JOIN ROWS FROM (unnest($6), unnest($7)) AS h (owner, n)"
+		  "  ON h.owner = p.owner"
+		  " LEFT JOIN ROWS FROM (unnest($8), unnest($9)) AS r (server, room)"
+		  "  ON r.server = p.server::text"
+		  " WHERE COALESCE(r.room, 1) > 0"
+		  "), candidate AS MATERIALIZED ("
+		  " SELECT c.id, c.priority, c.run_at, o.server, o.room, o.held"
+		  "   + row_number() OVER (PARTITION BY o.owner"
+		  "    ORDER BY c.priority, c.run_at, c.id) AS turn"
+		  " FROM open AS o CROSS JOIN LATERAL ("
+		  "  SELECT j.id, j.priority, j.run_at FROM chat.chat_job AS j"
+		  "  WHERE j.server = o.server AND j.owner = o.owner AND"
+		  CLAIMABLE("$3")
+		  "  ORDER BY j.priority, j.run_at, j.id LIMIT o.room) AS c"
+		  "), ranked AS ("
+		  " SELECT c.*, row_number() OVER (PARTITION BY c.server"
+		  "  ORDER BY c.priority, c.turn, c.run_at, c.id) AS place"
+		  " FROM candidate AS c"
+		  "), chosen AS MATERIALIZED ("
+		  " SELECT r.id FROM ranked AS r WHERE r.place <= r.room"
+		  " ORDER BY r.priority, r.turn, r.run_at, r.id LIMIT $2"
+		  "), picked AS MATERIALIZED ("
+		  " SELECT" PICKED_COLUMNS " FROM chosen AS c"
+		  " JOIN chat.chat_job AS j ON j.id = c.id"
+		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " WHERE" CLAIMABLE("$3")
+		  " FOR UPDATE OF j SKIP LOCKED"
+		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
+		  TAKE_PICKED,
+		  INT8OID, INT4OID, OIDOID, INT4OID, BOOLOID, OIDARRAYOID,
+		  INT4ARRAYOID, TEXTARRAYOID, INT4ARRAYOID);
+
+/*
+ * $1 database, $2 servers that have no room: what is due and unclaimed, and
+ * when the next one is due
+ */
 CHAT_STMT(queue_rest,
-		  "SELECT count(*) FILTER (WHERE due AND kind <> 'tool'"
-		  "  AND NOT parked AND NOT EXISTS (SELECT FROM chat.chat_task AS r"
-		  "   WHERE r.session_id = q.session_id AND r.status = 'running'"
-		  "    AND r.id <> q.task_id)),"
-		  " min(run_at) FILTER (WHERE NOT due AND run_at < 'infinity'),"
-		  " count(*) FILTER (WHERE due AND parked),"
-		  " count(*) FILTER (WHERE parked),"
-		  " count(*) FILTER (WHERE due AND kind = 'tool')"
-		  " FROM (SELECT *, run_at <= now() AS due FROM chat.chat_job"
-		  "  WHERE holder IS NULL AND database = $1) AS q",
-		  OIDOID);
+		  "WITH RECURSIVE " PAIRS("$1") ", due AS MATERIALIZED ("
+		  " SELECT p.server::text = ANY ($2) AS closed FROM pair AS p"
+		  " WHERE EXISTS (SELECT FROM chat.chat_job AS j"
+		  "  WHERE j.server = p.server AND j.owner = p.owner AND"
+		  CLAIMABLE("$1") "))"
+		  " SELECT EXISTS (SELECT FROM due WHERE NOT closed),"
+		  " EXISTS (SELECT FROM due WHERE closed),"
+		  " EXISTS (SELECT FROM chat.chat_job AS j"
+		  "  WHERE j.cancel AND" CLAIMABLE("$1") "),"
+		  " (SELECT j.run_at FROM chat.chat_job AS j"
+		  "  WHERE j.holder IS NULL AND j.database = $1"
+		  "   AND j.run_at > '-infinity' AND j.run_at > now()"
+		  "   AND j.run_at < 'infinity' ORDER BY j.run_at LIMIT 1),"
+		  " EXISTS (SELECT FROM chat.chat_job AS j WHERE j.holder IS NULL"
+		  "  AND j.parked AND j.database = $1 AND j.run_at <= now()),"
+		  " EXISTS (SELECT FROM chat.chat_job AS j WHERE j.holder IS NULL"
+		  "  AND j.parked AND j.database = $1),"
+		  " EXISTS (SELECT FROM chat.chat_job AS j WHERE j.holder IS NULL"
+		  "  AND j.kind = 'tool' AND j.database = $1"
+		  "  AND j.run_at <= now())",
+		  OIDOID, TEXTARRAYOID);
 
 /* $1 sessions: locks those that nobody else has locked */
 CHAT_STMT(lock_sessions,
@@ -353,26 +449,6 @@ read_job(ChatJob *job, uint64 row)
 	job->reset = !job->first && (new_run || chat_db_bool(row, 19));
 }
 
-/* Says what of the queue is left. */
-static void
-read_rest(ChatQueueRest *rest, bool limited)
-{
-	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
-	bool		isnull;
-	Datum		next;
-	int64		due;
-
-	chat_db_exec(&queue_rest, values, NULL);
-	due = chat_db_int64(0, 1, 0);
-	rest->more = due > 0 && limited;
-	rest->skipped = due > 0 && !limited;
-	next = chat_db_datum(0, 2, &isnull);
-	rest->next_run = isnull ? DT_NOEND : DatumGetTimestampTz(next);
-	rest->turns = chat_db_int64(0, 3, 0) > 0;
-	rest->parked = chat_db_int64(0, 4, 0) > 0;
-	rest->tools = chat_db_int64(0, 5, 0) > 0;
-}
-
 /*
  * Returns the first run of this timeline: a promotion starts a new range, so
  * that no number is used twice whatever the old primary has notified.
@@ -383,27 +459,82 @@ chat_queue_first_run(void)
 	return (int32) (GetWALInsertionTimeLine() - 1) * RUNS_PER_TIMELINE;
 }
 
+/* Says what of the queue is left when these jobs were claimed. */
+static void
+read_rest(const ChatClaim *claim, const ChatJob *jobs, int n,
+		  ChatQueueRest *rest)
+{
+	Datum	   *closed = palloc(sizeof(Datum) * Max(claim->nservers, 1));
+	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId)};
+	int			nclosed = 0;
+	bool		isnull;
+	Datum		next;
+
+	for (int i = 0; i < claim->nservers; i++)
+	{
+		int			room = claim->rooms[i];
+
+		for (int k = 0; k < n; k++)
+			room -= strcmp(jobs[k].server, claim->servers[i]) == 0;
+		if (room <= 0)
+			closed[nclosed++] = CStringGetTextDatum(claim->servers[i]);
+	}
+	values[1] = chat_db_array(&chat_texts, closed, nclosed);
+	chat_db_exec(&queue_rest, values, NULL);
+	rest->due = chat_db_bool(0, 1);
+	rest->closed = chat_db_bool(0, 2);
+	rest->cancelled = chat_db_bool(0, 3);
+	next = chat_db_datum(0, 4, &isnull);
+	rest->next_run = isnull ? DT_NOEND : DatumGetTimestampTz(next);
+	rest->turns = chat_db_bool(0, 5);
+	rest->parked = chat_db_bool(0, 6);
+	rest->tools = chat_db_bool(0, 7);
+}
+
+/* Sets the parameters of a fair claim. */
+static void
+set_shares(const ChatClaim *claim, Datum *params)
+{
+	int			n = claim->nowners;
+	Datum	   *values = palloc(sizeof(Datum) * (n + claim->nservers + 1));
+	int			at = 0;
+
+	CHAT_DB_COLUMN(chat_oids, ObjectIdGetDatum(claim->owners[i]));
+	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(claim->held[i]));
+	n = claim->nservers;
+	CHAT_DB_COLUMN(chat_texts, CStringGetTextDatum(claim->servers[i]));
+	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(claim->rooms[i]));
+}
+
 /*
  * Takes up to limit due jobs; returns how many.  The array is allocated in
  * the SPI context.
  */
 int
-chat_queue_claim(int64 holder, int limit, bool bare, ChatJob **jobs,
-				 ChatQueueRest *rest)
+chat_queue_claim(const ChatClaim *claim, ChatJob **jobs, ChatQueueRest *rest)
 {
-	Datum		values[5];
-	int			n;
+	Datum		values[9];
+	ChatStmt   *stmt = &claim_jobs;
+	int			n = 0;
 
-	values[0] = Int64GetDatum(holder);
-	values[1] = Int32GetDatum(limit);
+	values[0] = Int64GetDatum(claim->holder);
+	values[1] = Int32GetDatum(claim->limit);
 	values[2] = ObjectIdGetDatum(MyDatabaseId);
 	values[3] = Int32GetDatum(chat_queue_first_run());
-	values[4] = BoolGetDatum(bare);
-	n = (int) chat_db_exec(&claim_jobs, values, NULL);
+	values[4] = BoolGetDatum(claim->bare);
+	if (claim->cancelled)
+		stmt = &claim_cancelled;
+	else if (claim->fair)
+	{
+		stmt = &claim_fairly;
+		set_shares(claim, &values[5]);
+	}
+	if (claim->limit > 0)
+		n = (int) chat_db_exec(stmt, values, NULL);
 	*jobs = palloc0(sizeof(ChatJob) * Max(n, 1));
 	for (int i = 0; i < n; i++)
 		read_job(&(*jobs)[i], i);
-	read_rest(rest, n == limit);
+	read_rest(claim, *jobs, n, rest);
 	return n;
 }
 

@@ -72,11 +72,29 @@ typedef struct ChatEnd
 	const char *calls;
 } ChatEnd;
 
+/* What a claim asks for, and what it had to choose from. */
+typedef struct ChatClaim
+{
+	int64		holder;
+	int			limit;
+	bool		bare;			/* without the queued messages */
+	bool		cancelled;		/* only jobs that shall end: they need no room */
+	/* turn by turn among the owners, and within the servers' room */
+	bool		fair;
+	int			nowners;		/* that have jobs at work here */
+	Oid		   *owners;
+	int		   *held;
+	int			nservers;		/* that take fewer than limit */
+	const char **servers;
+	int		   *rooms;
+} ChatClaim;
+
 /* What is left in the queue after a claim. */
 typedef struct ChatQueueRest
 {
-	bool		skipped;		/* due jobs that somebody holds locked */
-	bool		more;			/* due jobs beyond the limit */
+	bool		due;			/* jobs of servers that have room */
+	bool		closed;			/* jobs of those that have none */
+	bool		cancelled;		/* jobs that shall end */
 	bool		turns;			/* parked tasks that are due */
 	bool		parked;			/* any parked task */
 	bool		tools;			/* tool jobs that are due */
@@ -96,8 +114,8 @@ typedef struct ChatStray
 	char	   *channel;
 } ChatStray;
 
-extern int	chat_queue_claim(int64 holder, int limit, bool bare,
-							 ChatJob **jobs, ChatQueueRest *rest);
+extern int	chat_queue_claim(const ChatClaim *claim, ChatJob **jobs,
+							 ChatQueueRest *rest);
 extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_move(int64 ms);

@@ -37,6 +37,7 @@
 #include "compat.h"
 #include "option.h"
 #include "server.h"
+#include "shmem.h"
 
 #define WRAPPER "chat_llm"
 #define REDACTED "[redacted]"
@@ -199,6 +200,8 @@ chat_llm_validator(PG_FUNCTION_ARGS)
 	{
 		chat_option_read(&table, SERVER, list, &server);
 		chat_server_check_options(&server, "base_url", "extra_headers");
+		/* the limits may be others now */
+		chat_shmem_ring_at_commit(false);
 	}
 	else if (catalog == MAPPING)
 		chat_server_check_mapping(list);

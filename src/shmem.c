@@ -41,6 +41,7 @@ typedef struct WaitBucket
 } WaitBucket;
 
 ChatShared *chat_shared = NULL;
+ChatEndpoint *chat_endpoints = NULL;
 ChatSlot   *chat_slot = NULL;
 
 static WaitBucket *buckets = NULL;
@@ -70,6 +71,7 @@ request_memory(void)
 	if (prev_request_hook)
 		prev_request_hook();
 	RequestAddinShmemSpace(shared_size() +
+						   MAXALIGN(sizeof(ChatEndpoint) * CHAT_MAX_ENDPOINTS) +
 						   MAXALIGN(sizeof(WaitBucket) * WAIT_BUCKETS));
 	RequestNamedLWLockTranche("chat", 1);
 }
@@ -80,6 +82,7 @@ init_slot(ChatSlot *slot)
 {
 	pg_atomic_init_u32(&slot->proc, 0);
 	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
+	pg_atomic_init_u32(&slot->rung, 0);
 	pg_atomic_init_u32(&slot->recheck, 0);
 	pg_atomic_init_u32(&slot->strays, 0);
 	pg_atomic_init_u32(&slot->progress_due, 0);
@@ -107,6 +110,11 @@ startup(void)
 		for (int i = 0; i < chat_shared->nslots; i++)
 			init_slot(&chat_shared->slots[i]);
 	}
+	chat_endpoints = ShmemInitStruct("chat endpoints",
+									 sizeof(ChatEndpoint) * CHAT_MAX_ENDPOINTS,
+									 &found);
+	if (!found)
+		memset(chat_endpoints, 0, sizeof(ChatEndpoint) * CHAT_MAX_ENDPOINTS);
 	buckets = ShmemInitStruct("chat waits", sizeof(WaitBucket) * WAIT_BUCKETS,
 							  &found);
 	for (int i = 0; !found && i < WAIT_BUCKETS; i++)
@@ -365,6 +373,7 @@ chat_shmem_ring(Oid database, bool recheck)
 			pg_atomic_write_u32(&slot->recheck, 1);
 		if (strays_wanted)
 			pg_atomic_write_u32(&slot->strays, 1);
+		pg_atomic_write_u32(&slot->rung, 1);
 		pg_memory_barrier();
 		SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
 	}

@@ -73,11 +73,52 @@ typedef struct ChatSlot
 	pg_atomic_uint32 proc;		/* its proc number + 1, 0 = none: read by the
 								 * commit callback without the lock */
 	pg_atomic_uint32 bell_database;	/* database, for the same reader */
+	pg_atomic_uint32 rung;		/* the latch alone would not do: whatever waits
+								 * within a transaction resets it, too */
 	pg_atomic_uint32 recheck;	/* jobs were changed or deleted by others */
 	pg_atomic_uint32 strays;	/* tasks may have come without a job */
 	pg_atomic_uint32 progress_due;	/* a tool has reported progress */
 	ChatCounters counters;
 } ChatSlot;
+
+/* endpoints that are known at a time, in all databases */
+#define CHAT_MAX_ENDPOINTS 128
+/* a minute, and the second that is not over */
+#define CHAT_RATE_SECONDS 61
+
+/*
+ * An endpoint as the workers of its database use it (throttle.c).  Protected
+ * by ChatShared.lock; times are in ms, of chat_stream_clock().
+ */
+typedef struct ChatEndpoint
+{
+	Oid			database;		/* InvalidOid = free */
+	Oid			server;
+	NameData	name;
+	int64		used_at;
+	int			max_concurrency;	/* 0 = any */
+	int			max_rate;		/* requests per minute, 0 = any */
+	int			reserved;		/* requests that claims have set aside */
+	int			open;			/* requests */
+	int			unanswered;		/* of them */
+	int			burst;			/* most unanswered ones after a 429, 0 = any */
+	int			strikes;		/* 429s in a row */
+	int64		paused_until;
+	int64		second;			/* the newest one of requests_at */
+	int			requests_at[CHAT_RATE_SECONDS];
+	/* counters */
+	int64		requests;
+	int64		completed;
+	int64		failed;
+	int64		cancelled;
+	int64		retried;
+	int64		rate_limited;
+	int64		first_tokens;
+	int64		first_token_time;
+	int64		first_token_last;
+	int64		tokens;
+	int64		token_time;
+} ChatEndpoint;
 
 #define CHAT_MAX_BLOCKED 64
 #define CHAT_MAX_CHANGED 64
@@ -96,6 +137,7 @@ typedef struct ChatShared
 } ChatShared;
 
 extern ChatShared *chat_shared; /* NULL without shared_preload_libraries */
+extern ChatEndpoint *chat_endpoints;	/* CHAT_MAX_ENDPOINTS of them */
 extern ChatSlot *chat_slot;		/* this process's, in a worker */
 
 extern void chat_shmem_init(void);

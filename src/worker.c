@@ -56,6 +56,7 @@
 #include "server.h"
 #include "shmem.h"
 #include "stream.h"
+#include "throttle.h"
 #include "tool.h"
 #include "turn.h"
 #include "worker.h"
@@ -109,6 +110,8 @@ static int64 rest_due = NEVER;	/* a retry, or locked jobs */
 static int64 strays_due = 0;	/* tasks without a job: at the start */
 static int	claim_backoff = 0;
 static ClaimMode claim_mode = CLAIM_BATCH;
+static bool crowded = false;	/* jobs wait for room: take them in turns */
+static bool cancels_due = false;	/* unclaimed jobs that shall end */
 static bool turns_due = false;	/* parked tasks have something to do */
 static bool tools_due = false;	/* tool jobs may be ready */
 static int64 beat_due = NEVER;	/* heartbeat */
@@ -232,10 +235,29 @@ try_transaction(const char *activity, bool durable,
 
 /* ---------- the list of streams ---------- */
 
+/*
+ * Ends the request of a stream that has ended: its server has room again,
+ * whenever the end is stored.  One that was answered in full keeps its
+ * connection until the last bytes have come.
+ */
+static void
+end_request(ChatStream *s)
+{
+	if (chat_throttle_end(s))
+	{
+		claim_due = 0;
+		chat_shmem_ring(MyDatabaseId, false);
+	}
+	if (s->end.kind != CHAT_END_COMPLETED && s->end.kind != CHAT_END_TOOLS)
+		chat_stream_close(s);
+}
+
 /* Notes that a stream has something to flush. */
 static void
 mark_dirty(ChatStream *s)
 {
+	if (s->ended)
+		end_request(s);
 	if (s->dirty)
 		return;
 	s->dirty = true;
@@ -275,6 +297,9 @@ static void
 drop_stream(ChatStream *s)
 {
 	unmark_dirty(s);
+	if (!s->ended)
+		s->end.kind = CHAT_END_GIVE_BACK;
+	end_request(s);
 	dlist_delete(&s->node);
 	nstreams--;
 	epochs -= s->job.epoch;
@@ -751,6 +776,7 @@ next_flush(void)
 /* What a claim brings. */
 typedef struct Claim
 {
+	ChatClaim	wish;
 	int			n;
 	ChatStream **streams;
 	ChatQueueRest rest;
@@ -865,20 +891,77 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
 	}
 }
 
+/* Compares two owners. */
+static int
+compare_owners(const void *a, const void *b)
+{
+	Oid			x = *(const Oid *) a;
+	Oid			y = *(const Oid *) b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* Counts the streams by owner. */
+static void
+count_owners(ChatClaim *wish)
+{
+	Oid		   *owners = palloc(sizeof(Oid) * (nstreams + 1));
+	int			n = 0;
+	dlist_iter	iter;
+
+	wish->held = palloc(sizeof(int) * (nstreams + 1));
+	dlist_foreach(iter, &streams)
+		owners[n++] = dlist_container(ChatStream, node, iter.cur)->job.owner;
+	qsort(owners, n, sizeof(Oid), compare_owners);
+	wish->owners = owners;
+	for (int i = 0; i < n; i++)
+	{
+		if (i == 0 || owners[i] != owners[wish->nowners - 1])
+		{
+			owners[wish->nowners] = owners[i];
+			wish->held[wish->nowners++] = 0;
+		}
+		wish->held[wish->nowners - 1]++;
+	}
+}
+
+/* Says what the claim takes: in a transaction, whose memory it uses. */
+static void
+plan_wish(ChatClaim *wish)
+{
+	int			most = enabled ? Min(limit - nstreams, MAX_CLAIM) : 0;
+	ChatRoom	room;
+
+	wish->holder = identity;
+	wish->bare = claim_mode == CLAIM_BARE;
+	wish->cancelled = cancels_due;
+	if (cancels_due)
+		most = MAX_CLAIM;
+	wish->limit = claim_mode == CLAIM_BATCH ? most : Min(most, 1);
+	if (wish->cancelled)
+		return;
+	chat_throttle_reserve(wish->limit, &room);
+	wish->nservers = room.n;
+	wish->servers = room.servers;
+	wish->rooms = room.rooms;
+	wish->fair = wish->limit > 0 && (crowded || room.n > 0);
+	if (wish->fair)
+		count_owners(wish);
+}
+
 /* Transaction: claims jobs, stores their messages and opening events. */
 static void
 claim_work(void *arg)
 {
 	Claim	   *c = arg;
-	int			most = Min(limit - nstreams, MAX_CLAIM);
 	ChatJob    *jobs;
 	ChatContext *contexts;
 	char	  **tools;
 	ChatEventBatch batch = {0};
 	int			n;
 
-	n = chat_queue_claim(identity, claim_mode == CLAIM_BATCH ? most : 1,
-						 claim_mode == CLAIM_BARE, &jobs, &c->rest);
+	plan_wish(&c->wish);
+	n = chat_queue_claim(&c->wish, &jobs, &c->rest);
 	if (n == 0)
 		return;
 	c->streams = MemoryContextAllocZero(tick_context, sizeof(ChatStream *) * n);
@@ -905,6 +988,7 @@ open_stream(ChatStream *s)
 
 	PG_TRY();
 	{
+		chat_throttle_start(s);
 		chat_stream_open(s);
 		pg_atomic_fetch_add_u64(&chat_slot->counters.started, 1);
 	}
@@ -946,28 +1030,45 @@ claim_committed(Claim *c)
 		check_due = Min(check_due, now + 1);
 }
 
-/* Plans the next look at the queue by what is left there. */
+/* Plans the next claim by what is left in the queue. */
 static void
-plan_claim(const Claim *c)
+plan_claim(const Claim *c, int64 now)
+{
+	const ChatQueueRest *rest = &c->rest;
+	bool		skipped;
+
+	/* is there a claim that is sure to bring something? */
+	cancels_due = rest->cancelled && !(c->wish.cancelled && c->n == 0);
+	crowded = rest->due && (c->wish.cancelled || c->n == c->wish.limit);
+	claim_due = cancels_due ||
+		(crowded && enabled && nstreams + c->n < limit) ? 0 : NEVER;
+	/* is something locked? */
+	skipped = c->wish.cancelled ? rest->cancelled && c->n == 0
+		: rest->due && c->n < c->wish.limit;
+	claim_backoff = skipped
+		? Min(Max(claim_backoff * 2, MIN_BACKOFF), MAX_BACKOFF) : 0;
+	rest_due = skipped ? now + claim_backoff : NEVER;
+	if (rest->next_run != DT_NOEND)
+		rest_due = Min(rest_due, now + 1 +
+					   TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+													   rest->next_run));
+	if (rest->closed)
+		rest_due = Min(rest_due, chat_throttle_due());
+}
+
+/* Plans what comes after a claim. */
+static void
+plan_next(const Claim *c)
 {
 	int64		now = chat_stream_clock();
 
-	claim_due = c->rest.more ? 0 : NEVER;
-	rest_due = NEVER;
+	plan_claim(c, now);
 	turns_due = c->rest.turns;
 	tools_due = c->rest.tools;
 	if (!c->rest.parked && nstreams == 0 && c->n == 0)
 		beat_due = NEVER;
 	else if (beat_due == NEVER)
 		beat_due = now + heartbeat_interval;
-	if (c->rest.next_run != DT_NOEND)
-		rest_due = now + 1 +
-			TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
-											c->rest.next_run);
-	claim_backoff = c->rest.skipped
-		? Min(Max(claim_backoff * 2, MIN_BACKOFF), MAX_BACKOFF) : 0;
-	if (c->rest.skipped)
-		rest_due = Min(rest_due, now + claim_backoff);
 }
 
 /* Takes jobs from the queue. */
@@ -979,8 +1080,9 @@ claim(void)
 
 	if (edata == NULL)
 	{
-		plan_claim(&c);
+		plan_next(&c);
 		claim_committed(&c);
+		chat_throttle_settle();
 		if (claim_mode == CLAIM_BARE)
 			claim_mode = CLAIM_SINGLE;
 		else if (c.n == 0)
@@ -989,6 +1091,7 @@ claim(void)
 			claim_due = 0;
 		return;
 	}
+	chat_throttle_settle();
 	for (int i = 0; i < c.n; i++)
 		if (c.streams[i])
 			chat_stream_free(c.streams[i]);
@@ -1000,16 +1103,17 @@ claim(void)
 	}
 	/* not even a bare claim: it is not the job's fault */
 	claim_mode = CLAIM_BATCH;
+	cancels_due = false;
 	claim_due = NEVER;
 	claim_backoff = Min(Max(claim_backoff * 2, MIN_BACKOFF), MAX_BACKOFF);
 	rest_due = chat_stream_clock() + claim_backoff;
 }
 
-/* True if jobs may be taken now. */
+/* True if the queue is to be looked at: also when there is no room for more. */
 static bool
 claim_is_due(int64 now)
 {
-	return enabled && nstreams < limit && (claim_due <= now || rest_due <= now);
+	return claim_due <= now || rest_due <= now;
 }
 
 /* ---------- tools ---------- */
@@ -1249,9 +1353,9 @@ sleep_time(void)
 	long		http = chat_http_timeout();
 
 	due = Min(due, chat_retention_due());
-	if (enabled && nstreams < limit)
-		due = Min(due, Min(claim_due, rest_due));
-	if (turns_due || tools_due || chat_httptool_pending())
+	due = Min(due, Min(claim_due, rest_due));
+	if (turns_due || tools_due || chat_httptool_pending() ||
+		pg_atomic_read_u32(&chat_slot->rung))
 		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
@@ -1492,6 +1596,7 @@ receive(void)
 	{
 		ChatStream *s = t->owner;
 		bool		waiting;
+		bool		received;
 
 		if (t->is_tool)
 		{
@@ -1499,14 +1604,17 @@ receive(void)
 			continue;
 		}
 		waiting = s->first_content_at == 0;
-		if (chat_stream_receive(s))
+		received = chat_stream_receive(s);
+		if (waiting && s->first_content_at != 0)
+			chat_throttle_answered(s);
+		if (received)
 			mark_dirty(s);
 		/* from the first content on another, maybe shorter limit holds */
 		if (waiting && s->first_content_at != 0)
 			check_due = Min(check_due,
 							chat_stream_check_time(s, s->content_at));
-		if (s->log.text.len > MAX_PENDING)
-			chat_http_pause(t, true);
+		if (s->transfer && s->log.text.len > MAX_PENDING)
+			chat_http_pause(s->transfer, true);
 	}
 }
 
@@ -1537,6 +1645,8 @@ chat_worker_main(Datum slot)
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload();
+		if (pg_atomic_exchange_u32(&chat_slot->rung, 0))
+			claim_due = 0;
 		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))
 			recheck();
 		if (pg_atomic_exchange_u32(&chat_slot->progress_due, 0))
