@@ -210,6 +210,9 @@ chat_db_begin(const char *activity)
 {
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
+	/* a tool worker's role may have other defaults */
+	XactReadOnly = false;
+	XactIsoLevel = XACT_READ_COMMITTED;
 	PushActiveSnapshot(GetTransactionSnapshot());
 	chat_db_enter(&worker_scope);
 	pgstat_report_activity(STATE_RUNNING, activity);

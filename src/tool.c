@@ -63,6 +63,8 @@
 
 /* tool workers of a role that ended without a claim, before we give up */
 #define MAX_FALSE_STARTS 3
+/* of a call in a role that does not read committed, when it collides */
+#define MAX_TRIES 20
 /* a slot whose worker never came is free again after, in ms */
 #define START_TIME 30000
 
@@ -745,7 +747,7 @@ try_function(const ToolCall *c, MemoryContext context, bool *failed)
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
 	{
-		XactReadOnly = c->read_only;
+		XactReadOnly = c->read_only || DefaultXactReadOnly;
 		enable_timeout_after(STATEMENT_TIMEOUT, (int) Min(c->timeout, INT_MAX));
 		result = run_function(c, context);
 		disable_timeout(STATEMENT_TIMEOUT, false);
@@ -761,6 +763,10 @@ try_function(const ToolCall *c, MemoryContext context, bool *failed)
 		FlushErrorState();
 		RollbackAndReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(context);
+		/* the whole transaction is in vain */
+		if (edata->sqlerrcode == ERRCODE_T_R_SERIALIZATION_FAILURE &&
+			IsolationUsesXactSnapshot())
+			ReThrowError(edata);
 		result = error_result(c, edata);
 		*failed = true;
 	}
@@ -794,6 +800,8 @@ perform(ToolCall *c, MemoryContext context)
 	current_call = c;
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
+	/* the result has to be stored, whatever the function may */
+	XactReadOnly = false;
 	PushActiveSnapshot(GetTransactionSnapshot());
 	result = try_function(c, context, &failed);
 	announce(NULL);
@@ -834,6 +842,8 @@ store_failure(const ToolCall *c, ErrorData *edata, MemoryContext context)
 	{
 		SetCurrentStatementStartTimestamp();
 		StartTransactionCommand();
+		XactReadOnly = false;
+		XactIsoLevel = XACT_READ_COMMITTED;
 		PushActiveSnapshot(GetTransactionSnapshot());
 		store(c, true, result);
 		PopActiveSnapshot();
@@ -850,10 +860,15 @@ store_failure(const ToolCall *c, ErrorData *edata, MemoryContext context)
 	MemoryContextSwitchTo(old);
 }
 
-/* Runs a call; whatever goes wrong with it ends with it. */
-static void
-perform_safely(ToolCall *c, MemoryContext context)
+/*
+ * Runs a call; whatever goes wrong with it ends with it.  False if its
+ * isolation level asks for another try.
+ */
+static bool
+perform_safely(ToolCall *c, MemoryContext context, bool last)
 {
+	bool		again = false;
+
 	PG_TRY();
 	{
 		perform(c, context);
@@ -869,10 +884,14 @@ perform_safely(ToolCall *c, MemoryContext context)
 		AbortCurrentTransaction();
 		announce(NULL);
 		current_call = NULL;
-		store_failure(c, edata, context);
+		again = edata->sqlerrcode == ERRCODE_T_R_SERIALIZATION_FAILURE &&
+			!last;
+		if (!again)
+			store_failure(c, edata, context);
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(context);
+	return !again;
 }
 
 /* Main function of the tool worker. */
@@ -892,7 +911,6 @@ chat_tool_main(Datum slot)
 	chat_shmem_attach(DatumGetInt32(slot), extra[0]);
 	BackgroundWorkerInitializeConnectionByOid(extra[0], extra[1],
 											  CHAT_WORKER_CONNECT_FLAGS);
-	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	context = AllocSetContextCreate(TopMemoryContext, "chat tool call",
 									ALLOCSET_DEFAULT_SIZES);
 	while ((c = claim_next(first ? NULL : &session, context)) != NULL)
@@ -900,10 +918,13 @@ chat_tool_main(Datum slot)
 		CHECK_FOR_INTERRUPTS();
 		session = c->session;
 		first = false;
-		perform_safely(c, context);
+		for (int i = 1; !perform_safely(c, context, i == MAX_TRIES); i++)
+			CHECK_FOR_INTERRUPTS();
 		discard_all();
 		MemoryContextReset(context);
 	}
+	/* an error before the first claim is a false start */
+	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	proc_exit(0);
 }
 
