@@ -22,6 +22,7 @@
 #include "db.h"
 #include "event.h"
 #include "json.h"
+#include "jsonbuf.h"
 
 /* how often the notification queue's fill is looked at, in ms */
 #define QUEUE_LOOK_INTERVAL 1000
@@ -250,9 +251,10 @@ collect_delta(ChatEventBatch *batch, const ChatEventTarget *target, int64 seq,
 		int			part;
 
 		resetStringInfo(json);
-		appendStringInfo(json, "{\"type\":\"%s\",\"%s\":\"%s\",\"%s\":\"",
-						 item->delta->type, item->delta->id_member,
-						 item->id, item->delta->text_member);
+		appendStringInfo(json, "{\"type\":\"%s\"", item->delta->type);
+		/* what a model has chosen, and short: see stream.c */
+		chat_append_member(json, item->delta->id_member, item->id);
+		appendStringInfo(json, ",\"%s\":\"", item->delta->text_member);
 		/* 100: what finish_object() appends, with the quote */
 		room = CHAT_EVENT_MAX_PAYLOAD - 100 - json->len;
 		part = fitting(text + done, item->len - done, room);

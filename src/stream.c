@@ -30,6 +30,8 @@
 #define MAX_ERROR_BODY 65536
 /* a Retry-After beyond this fails at once, in seconds */
 #define MAX_RETRY_AFTER 300
+/* bytes of a tool call's id: every event of the call carries it */
+#define MAX_ID 256
 /* tool calls of one answer: a bound for hostile input */
 #define MAX_TOOL_INDEX 255
 /* a transfer's buffer larger than this is given back once it is consumed */
@@ -332,8 +334,8 @@ settle_id(ChatStream *s, ChatStreamTool *t)
 {
 	int			place = (int) (t - s->tools);
 
-	/* some endpoints send no id, others the same one twice */
-	if (t->id == NULL)
+	/* some endpoints send no id, others the same one twice, or what is none */
+	if (t->id == NULL || strlen(t->id) > MAX_ID)
 		t->id = psprintf("call_%.8s_%d_%d", s->target.task_text,
 						 s->job.steps, place);
 	for (int i = 0; i < s->ntools; i++)

@@ -104,6 +104,17 @@ is_deeply(told($turn), [ 11, 12 ], 'one id twice in a step');
 sound($turn, $node, 'one id twice in a step');
 sound_requests($fake, 'one id twice in a step');
 
+# ids that would break out of an event, or that no event has room for
+my $hostile = qq(","type":"finish","x":"\r\n\\\x{e9}\t);
+$fake->forget;
+@turns = turns('[[tool=add args={"a":1} id=' . value($hostile) . ' argsplit=3]]',
+	'[[tool=add args={"a":1} id=' . ('x' x 9000) . ' argsplit=3]]');
+is_deeply([ map { $_->{status} } @turns ], [ ('completed') x 2 ], 'hostile ids');
+is((calls($node, $turns[0]{task}))[0]{call_id}, $hostile, '  are stored as they are');
+ok(length((calls($node, $turns[1]{task}))[0]{call_id}) < 41, '  one that is too long is replaced');
+sound($_, $node, 'hostile ids') foreach @turns;
+sound_requests($fake, 'hostile ids');
+
 # empty arguments
 @turns = turns('[[tool=hello args= id=a]]', '[[tool=hello args={} id=a]]',
 	'[[tool=hello args=%20%0A id=a]]');
