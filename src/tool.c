@@ -206,13 +206,14 @@ why_not(const WaitingRole *r)
 	return NULL;
 }
 
-/* Looks what waits, and fails what cannot be run. */
-void
+/* Looks what waits, and fails what cannot be run; true if there was any. */
+bool
 chat_tool_judge(void)
 {
 	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId)};
 	uint64		n = chat_db_exec(&waiting_roles, values, NULL);
 	Oid		   *waiting = palloc(sizeof(Oid) * (n + 1));
+	bool		failed = false;
 
 	for (int i = 0; i < nroles; i++)
 		roles[i].calls = 0;
@@ -233,7 +234,9 @@ chat_tool_judge(void)
 		chat_db_exec(&ring_waiting, values, NULL);
 		chat_db_exec(&fail_calls, values, NULL);
 		r->calls = r->false_starts = 0;
+		failed = true;
 	}
+	return failed;
 }
 
 /* Frees the slots of tool workers that have ended; counts those that live. */

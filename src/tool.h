@@ -23,8 +23,8 @@ extern bool chat_tool_schedule(void);
 /* True, once, if a tool worker has ended without ending its call. */
 extern bool chat_tool_orphans(void);
 
-/* Fails, in the current transaction, the calls that cannot be run. */
-extern void chat_tool_judge(void);
+/* Fails, in the current transaction, what cannot be run; true if any. */
+extern bool chat_tool_judge(void);
 
 /* Writes what running tools have reported; in the current transaction. */
 extern int	chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks);

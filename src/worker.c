@@ -43,9 +43,11 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
+#include "blame.h"
 #include "compat.h"
 #include "context.h"
 #include "db.h"
+#include "debug.h"
 #include "event.h"
 #include "http.h"
 #include "httptool.h"
@@ -84,6 +86,7 @@ typedef enum ClaimMode
 } ClaimMode;
 
 static int	max_streams = 5000;
+static int	max_crashes = 3;
 static int	flush_interval = 10;
 static int	heartbeat_interval = 15000;
 static bool enabled = true;
@@ -128,6 +131,10 @@ chat_worker_init(void)
 	DefineCustomIntVariable("chat.max_streams",
 							"Most streams that a worker has open.",
 							NULL, &max_streams, 5000, 1, 1000000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_crashes",
+							"Crashes of workers that a task may cause before it fails.",
+							NULL, &max_crashes, 3, 1, 100,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("chat.flush_interval",
 							"Shortest time between two flushes of deltas.",
@@ -434,6 +441,8 @@ static void
 write_events(ChatEventBatch *batch, bool quiet)
 {
 	chat_event_write(batch);
+	if (!quiet && batch->n > 0)
+		chat_debug_notify();
 	if (quiet || chat_event_queue_full())
 		pg_atomic_fetch_add_u64(&chat_slot->counters.unnotified, batch->n);
 	else
@@ -867,6 +876,31 @@ log_start(ChatStream *s)
 	chat_event_add(&s->log, s->context, "{\"type\":\"start-step\"}");
 }
 
+/* True if a job has crashed its worker too often. */
+static bool
+is_poisoned(const ChatJob *job)
+{
+	return job->blamed >= max_crashes;
+}
+
+/* Puts the poisoned jobs last; returns how many others there are. */
+static int
+sort_jobs(ChatJob *jobs, int n)
+{
+	int			sound = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		ChatJob		job = jobs[i];
+
+		if (is_poisoned(&job))
+			continue;
+		jobs[i] = jobs[sound];
+		jobs[sound++] = job;
+	}
+	return sound;
+}
+
 /* Makes the streams of the jobs that were claimed. */
 static void
 make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
@@ -877,18 +911,24 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
 
 		c->streams[i] = s;
 		log_start(s);
-		if (claim_mode == CLAIM_BARE)
+		if (is_poisoned(&jobs[i]))
+			chat_stream_poisoned(s);
+		else if (claim_mode == CLAIM_BARE)
 			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
 							 "the queued message could not be stored");
 		else if (jobs[i].cancel)
 			chat_stream_cancel(s);
 		else
 		{
+			chat_blame_on(jobs[i].id);
 			chat_context_repair(&contexts[i]);
 			chat_context_close(&jobs[i], &contexts[i]);
 			prepare(s, &jobs[i], &contexts[i], tools[i]);
+			if (s->request)
+				chat_debug_crash("request", s->request, s->request_len);
 		}
 	}
+	chat_blame_on(0);
 }
 
 /* Compares two owners. */
@@ -958,6 +998,7 @@ claim_work(void *arg)
 	ChatContext *contexts;
 	char	  **tools;
 	ChatEventBatch batch = {0};
+	int			sound;
 	int			n;
 
 	plan_wish(&c->wish);
@@ -966,11 +1007,15 @@ claim_work(void *arg)
 		return;
 	c->streams = MemoryContextAllocZero(tick_context, sizeof(ChatStream *) * n);
 	c->seqs = MemoryContextAlloc(tick_context, sizeof(int64) * n);
-	contexts = palloc(sizeof(ChatContext) * n);
-	tools = palloc(sizeof(char *) * n);
-	chat_context_load(jobs, n, contexts);
+	contexts = palloc0(sizeof(ChatContext) * n);
+	tools = palloc0(sizeof(char *) * n);
+	sound = sort_jobs(jobs, n);
+	if (sound > 0)
+	{
+		chat_context_load(jobs, sound, contexts);
+		chat_registry_load(jobs, sound, tools);
+	}
 	c->n = n;
-	chat_registry_load(jobs, n, tools);
 	make_streams(c, jobs, contexts, tools);
 	record_prompts(c);
 	for (int i = 0; i < n; i++)
@@ -1172,7 +1217,7 @@ turn(void)
 static void
 judge_work(void *arg)
 {
-	chat_tool_judge();
+	*(bool *) arg = chat_tool_judge();
 }
 
 /* Transaction: takes HTTP tool calls. */
@@ -1207,11 +1252,13 @@ static void
 run_tools(void)
 {
 	int			n = 0;
+	bool		failed = false;
 
 	tools_due = false;
-	if (try_transaction("look at tool jobs", true, judge_work, NULL) ||
+	if (try_transaction("look at tool jobs", true, judge_work, &failed) ||
 		chat_tool_schedule())
 		rest_due = Min(rest_due, chat_stream_clock() + 100);
+	turns_due |= failed;
 	chat_httptool_open(try_transaction("claim tool calls", true,
 									   claim_http_work, &n) == NULL);
 	if (n > 0)
@@ -1428,9 +1475,13 @@ static void
 adopt_work(void *arg)
 {
 	int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
-	int			n;
+	const int64 *jobs;
+	int			n = chat_blame_jobs(&jobs);
 
-	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live));
+	if (n > 0)
+		chat_queue_blame(jobs, n);
+	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live),
+						 max_crashes);
 	if (n > 0)
 		ereport(LOG,
 				(errmsg("chat worker takes up %d jobs whose worker is gone",
@@ -1444,6 +1495,8 @@ adopt(void)
 	adopt_due = NEVER;
 	if (try_transaction("take up jobs", true, adopt_work, NULL))
 		adopt_due = chat_stream_clock() + MAX_BACKOFF;
+	else
+		chat_blame_forget();
 	claim_due = 0;
 }
 
@@ -1577,6 +1630,7 @@ start_up(int slot)
 	require_extension();
 	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	set_limit();
+	chat_blame_start(identity);
 	set = chat_wait_event_set(3);
 	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -1604,6 +1658,7 @@ receive(void)
 			continue;
 		}
 		waiting = s->first_content_at == 0;
+		chat_blame_on(s->job.id);
 		received = chat_stream_receive(s);
 		if (waiting && s->first_content_at != 0)
 			chat_throttle_answered(s);
@@ -1616,6 +1671,7 @@ receive(void)
 		if (s->transfer && s->log.text.len > MAX_PENDING)
 			chat_http_pause(s->transfer, true);
 	}
+	chat_blame_on(0);
 }
 
 /* Reads the configuration again. */

@@ -1,0 +1,48 @@
+# Is the bell heard that rings while a commit of the worker waits for a
+# synchronous standby?  Whatever waits within a transaction resets the latch.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+use ChatTest;
+use IPC::Run ();
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $fake = start_fake();
+my $node = chat_cluster('main', allows_streaming => 1);
+create_server($node, $fake);
+
+# a standby that can be held up
+my $wal = PostgreSQL::Test::Utils::tempdir();
+my $standby = IPC::Run::start(
+	[ 'pg_receivewal', '--synchronous', '-D', $wal, '-d', $node->connstr ],
+	'<', \undef, '>&', \my $output);
+my $pid = $standby->{KIDS}[0]{PID};
+END { kill 'KILL', $pid if $pid }
+wait_for($node, 'SELECT count(*) = 1 FROM pg_stat_replication');
+my @sessions = map { create_session($node)->{id} } 1 .. 2;
+wait_for($node, 'SELECT flush_lsn IS NOT NULL FROM pg_stat_replication');
+$node->safe_psql('postgres',
+	"ALTER SYSTEM SET synchronous_standby_names = '*'");
+$node->reload;
+wait_for($node, q{SELECT sync_state = 'sync' FROM pg_stat_replication});
+
+# what the test itself writes waits for nobody
+$ENV{PGOPTIONS} = '-c synchronous_commit=local';
+kill 'STOP', $pid;
+my $first = ask($node, $sessions[0], 'go [[tokens=2 gateat=1:v]]');
+wait_for($node, q{SELECT wait_event = 'SyncRep' FROM pg_stat_activity
+	WHERE backend_type = 'chat worker'});
+my $second = ask($node, $sessions[1], 'hi [[tokens=1]]');
+kill 'CONT', $pid;
+
+is(wait_for_task($node, $second)->{status}, 'completed',
+	'a turn that came while the worker waited');
+$fake->open_gate('v');
+is(wait_for_task($node, $first)->{status}, 'completed',
+	'and the one that it waited with');
+
+done_testing();
