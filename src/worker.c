@@ -43,11 +43,9 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
-#include "blame.h"
 #include "compat.h"
 #include "context.h"
 #include "db.h"
-#include "debug.h"
 #include "event.h"
 #include "http.h"
 #include "httptool.h"
@@ -86,7 +84,6 @@ typedef enum ClaimMode
 } ClaimMode;
 
 static int	max_streams = 5000;
-static int	max_crashes = 3;
 static int	flush_interval = 10;
 static int	heartbeat_interval = 15000;
 static bool enabled = true;
@@ -131,10 +128,6 @@ chat_worker_init(void)
 	DefineCustomIntVariable("chat.max_streams",
 							"Most streams that a worker has open.",
 							NULL, &max_streams, 5000, 1, 1000000,
-							PGC_SIGHUP, 0, NULL, NULL, NULL);
-	DefineCustomIntVariable("chat.max_crashes",
-							"Crashes of workers that a task may cause before it fails.",
-							NULL, &max_crashes, 3, 1, 100,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("chat.flush_interval",
 							"Shortest time between two flushes of deltas.",
@@ -441,8 +434,6 @@ static void
 write_events(ChatEventBatch *batch, bool quiet)
 {
 	chat_event_write(batch);
-	if (!quiet && batch->n > 0)
-		chat_debug_notify();
 	if (quiet || chat_event_queue_full())
 		pg_atomic_fetch_add_u64(&chat_slot->counters.unnotified, batch->n);
 	else
@@ -876,31 +867,6 @@ log_start(ChatStream *s)
 	chat_event_add(&s->log, s->context, "{\"type\":\"start-step\"}");
 }
 
-/* True if a job has crashed its worker too often. */
-static bool
-is_poisoned(const ChatJob *job)
-{
-	return job->blamed >= max_crashes;
-}
-
-/* Puts the poisoned jobs last; returns how many others there are. */
-static int
-sort_jobs(ChatJob *jobs, int n)
-{
-	int			sound = 0;
-
-	for (int i = 0; i < n; i++)
-	{
-		ChatJob		job = jobs[i];
-
-		if (is_poisoned(&job))
-			continue;
-		jobs[i] = jobs[sound];
-		jobs[sound++] = job;
-	}
-	return sound;
-}
-
 /* Makes the streams of the jobs that were claimed. */
 static void
 make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
@@ -911,24 +877,18 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
 
 		c->streams[i] = s;
 		log_start(s);
-		if (is_poisoned(&jobs[i]))
-			chat_stream_poisoned(s);
-		else if (claim_mode == CLAIM_BARE)
+		if (claim_mode == CLAIM_BARE)
 			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
 							 "the queued message could not be stored");
 		else if (jobs[i].cancel)
 			chat_stream_cancel(s);
 		else
 		{
-			chat_blame_on(jobs[i].id);
 			chat_context_repair(&contexts[i]);
 			chat_context_close(&jobs[i], &contexts[i]);
 			prepare(s, &jobs[i], &contexts[i], tools[i]);
-			if (s->request)
-				chat_debug_crash("request", s->request, s->request_len);
 		}
 	}
-	chat_blame_on(0);
 }
 
 /* Compares two owners. */
@@ -998,7 +958,6 @@ claim_work(void *arg)
 	ChatContext *contexts;
 	char	  **tools;
 	ChatEventBatch batch = {0};
-	int			sound;
 	int			n;
 
 	plan_wish(&c->wish);
@@ -1007,15 +966,11 @@ claim_work(void *arg)
 		return;
 	c->streams = MemoryContextAllocZero(tick_context, sizeof(ChatStream *) * n);
 	c->seqs = MemoryContextAlloc(tick_context, sizeof(int64) * n);
-	contexts = palloc0(sizeof(ChatContext) * n);
-	tools = palloc0(sizeof(char *) * n);
-	sound = sort_jobs(jobs, n);
-	if (sound > 0)
-	{
-		chat_context_load(jobs, sound, contexts);
-		chat_registry_load(jobs, sound, tools);
-	}
+	contexts = palloc(sizeof(ChatContext) * n);
+	tools = palloc(sizeof(char *) * n);
+	chat_context_load(jobs, n, contexts);
 	c->n = n;
+	chat_registry_load(jobs, n, tools);
 	make_streams(c, jobs, contexts, tools);
 	record_prompts(c);
 	for (int i = 0; i < n; i++)
@@ -1475,13 +1430,9 @@ static void
 adopt_work(void *arg)
 {
 	int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
-	const int64 *jobs;
-	int			n = chat_blame_jobs(&jobs);
+	int			n;
 
-	if (n > 0)
-		chat_queue_blame(jobs, n);
-	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live),
-						 max_crashes);
+	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live));
 	if (n > 0)
 		ereport(LOG,
 				(errmsg("chat worker takes up %d jobs whose worker is gone",
@@ -1495,8 +1446,6 @@ adopt(void)
 	adopt_due = NEVER;
 	if (try_transaction("take up jobs", true, adopt_work, NULL))
 		adopt_due = chat_stream_clock() + MAX_BACKOFF;
-	else
-		chat_blame_forget();
 	claim_due = 0;
 }
 
@@ -1630,7 +1579,6 @@ start_up(int slot)
 	require_extension();
 	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	set_limit();
-	chat_blame_start(identity);
 	set = chat_wait_event_set(3);
 	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -1658,7 +1606,6 @@ receive(void)
 			continue;
 		}
 		waiting = s->first_content_at == 0;
-		chat_blame_on(s->job.id);
 		received = chat_stream_receive(s);
 		if (waiting && s->first_content_at != 0)
 			chat_throttle_answered(s);
@@ -1671,7 +1618,6 @@ receive(void)
 		if (s->transfer && s->log.text.len > MAX_PENDING)
 			chat_http_pause(s->transfer, true);
 	}
-	chat_blame_on(0);
 }
 
 /* Reads the configuration again. */
