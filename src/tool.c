@@ -870,7 +870,7 @@ store_failure(const ToolCall *c, ErrorData *edata, MemoryContext context)
 static bool
 perform_safely(ToolCall *c, MemoryContext context, bool last)
 {
-	bool		again = false;
+	volatile bool again = false;
 
 	PG_TRY();
 	{

@@ -52,7 +52,7 @@ if ($bypasses)
 }
 else
 {
-	like($said, qr/may not log in.*"code":"tool_not_available"/,
+	like($said, qr/may not log in.*"code" : "tool_not_available"/,
 		'the model is told why it does not run');
 	like($err, qr/before PostgreSQL 17 that needs LOGIN.*ALTER ROLE team LOGIN/s,
 		'its tools are refused, with the way out');

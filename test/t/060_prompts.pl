@@ -10,7 +10,7 @@ use ChatTest;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = chat_cluster('main');
+my $node = chat_cluster('main', conf => "chat.default_prompt = 'default'");
 
 # The system prompt of a user's next turn, in a session or in a new one.
 sub prompt
