@@ -352,6 +352,9 @@ set_common_options(ChatTransfer *t, const ChatHttpRequest *req)
 	curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS,
 					 (long) req->connect_timeout);
 	curl_easy_setopt(easy, CURLOPT_UPLOAD_BUFFERSIZE, 16384L);
+	/* what was sent on a connection that was used before is sent again */
+	if (req->once)
+		curl_easy_setopt(easy, CURLOPT_FRESH_CONNECT, 1L);
 	if (req->proxy == NULL)
 	{
 		curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, on_open_socket);

@@ -29,6 +29,7 @@ typedef struct ChatHttpRequest
 	bool		allow_loopback; /* connect to this machine */
 	bool		allow_private;	/* connect to private networks, too */
 	size_t		max_body;		/* most bytes of an answer */
+	bool		once;			/* never sent twice, not even by libcurl */
 } ChatHttpRequest;
 
 /* Why a transfer ended; CHAT_HTTP_OK says nothing about the status. */

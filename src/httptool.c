@@ -316,6 +316,7 @@ send_request(HttpCall *c)
 	req.allow_loopback = endpoint->is_loopback;
 	req.allow_private = endpoint->allow_private;
 	req.max_body = MAX_RESULT;
+	req.once = !c->idempotent;
 	c->due = chat_stream_clock() + c->timeout;
 	c->transfer = chat_http_open(&req, c);
 	c->transfer->is_tool = true;
