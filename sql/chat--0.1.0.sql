@@ -155,19 +155,23 @@ CREATE TABLE chat.chat_job (
 	parked boolean NOT NULL DEFAULT false,
 	-- the call that a tool job runs
 	operation_id uuid,
+	-- what a title or a summary was asked for
+	input jsonb,
 	-- identity of the worker that holds it
 	holder bigint,
 	-- fencing: grows with every claim, each write of the holder checks it
 	epoch bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
-	WHERE holder IS NULL AND kind <> 'tool';
+	WHERE holder IS NULL AND kind = 'completion';
+CREATE INDEX chat_job_side_idx ON chat.chat_job (priority, id)
+	WHERE holder IS NULL AND kind IN ('title', 'summary');
 CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
 	WHERE holder IS NULL AND kind = 'tool';
 -- when there are more jobs than room: turn by turn, within servers' limits
 CREATE INDEX chat_job_fair_idx
 	ON chat.chat_job (server, owner, priority, run_at, id)
-	WHERE holder IS NULL AND kind <> 'tool' AND NOT parked;
+	WHERE holder IS NULL AND kind = 'completion' AND NOT parked;
 CREATE INDEX chat_job_cancel_idx ON chat.chat_job (id)
 	WHERE holder IS NULL AND cancel;
 CREATE INDEX chat_job_parked_idx ON chat.chat_job (run_at)
@@ -256,6 +260,27 @@ CREATE TABLE chat.chat_tool_progress (
 	PRIMARY KEY (operation_id, id)
 );
 
+-- What requests beside the turns have used, and the tasks of sessions that
+-- were deleted.
+CREATE TABLE chat.chat_usage (
+	id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+	-- no foreign key: what was used stays when the session goes
+	session_id uuid NOT NULL,
+	owner regrole NOT NULL,
+	user_id text,
+	server name,
+	model text,
+	kind text NOT NULL CHECK (kind IN ('completion', 'title', 'summary')),
+	requests bigint NOT NULL DEFAULT 1,
+	prompt_tokens bigint NOT NULL CHECK (prompt_tokens >= 0),
+	completion_tokens bigint NOT NULL CHECK (completion_tokens >= 0),
+	cached_tokens bigint NOT NULL DEFAULT 0,
+	reasoning_tokens bigint NOT NULL DEFAULT 0,
+	estimated boolean NOT NULL DEFAULT false,
+	created_at timestamptz NOT NULL DEFAULT pg_catalog.now()
+);
+CREATE INDEX chat_usage_created_at_idx ON chat.chat_usage (created_at);
+
 CREATE TABLE chat.chat_event (
 	slot smallint NOT NULL,
 	task_id uuid NOT NULL,
@@ -312,6 +337,7 @@ COMMENT ON TABLE chat.chat_task IS 'turns: from a user''s message to the final a
 COMMENT ON TABLE chat.chat_job IS 'the queue that the workers take their jobs from';
 COMMENT ON TABLE chat.chat_tool IS 'tools that models may call';
 COMMENT ON TABLE chat.chat_tool_call IS 'calls of tools, each with its one result';
+COMMENT ON TABLE chat.chat_usage IS 'tokens of titles and summaries, and of the turns of deleted sessions';
 COMMENT ON TABLE chat.chat_tool_progress IS 'progress of operations that was not told yet';
 COMMENT ON TABLE chat.chat_event IS 'event streams of tasks, in the AI SDK''s UI message stream vocabulary';
 COMMENT ON TABLE chat.chat_event_slot IS 'rotation of the partitions of chat_event';
@@ -331,6 +357,7 @@ ALTER TABLE chat.chat_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_event ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_tool ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_tool_call ENABLE ROW LEVEL SECURITY;
+ALTER TABLE chat.chat_usage ENABLE ROW LEVEL SECURITY;
 -- what has no policy shows nothing, whatever a DBA grants by mistake
 ALTER TABLE chat.chat_event_slot ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_tool_progress ENABLE ROW LEVEL SECURITY;
@@ -355,6 +382,10 @@ CREATE POLICY visible ON chat.chat_tool FOR SELECT USING (
 	owner IS NULL OR pg_catalog.pg_has_role(owner, 'USAGE'));
 CREATE POLICY visible ON chat.chat_tool_call FOR SELECT USING (
 	(SELECT true FROM chat.chat_session AS s WHERE s.id = session_id));
+CREATE POLICY visible ON chat.chat_usage FOR SELECT USING (
+	pg_catalog.pg_has_role(owner, 'USAGE')
+	AND (COALESCE(pg_catalog.current_setting('chat.user_id', true), '') = ''
+		OR user_id = pg_catalog.current_setting('chat.user_id', true)));
 CREATE POLICY visible ON chat.chat_event FOR SELECT USING (
 	(SELECT true FROM chat.chat_task AS t WHERE t.id = task_id));
 
@@ -788,6 +819,12 @@ LANGUAGE c VOLATILE PARALLEL UNSAFE
 AS 'MODULE_PATHNAME', 'chat_stream_chat_completion';
 COMMENT ON FUNCTION chat.stream_chat_completion(uuid, text, boolean, text, jsonb, uuid, name, jsonb, text) IS
 'queues a message and the answer to it; returns the task at once, which starts when the transaction commits';
+
+CREATE FUNCTION chat.generate_session_title(session_id uuid) RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_generate_session_title';
+COMMENT ON FUNCTION chat.generate_session_title(uuid) IS
+'asks a model for another title; returns whether there is such a session, with a question in it';
 
 CREATE FUNCTION chat.cancel_task(task_id uuid) RETURNS boolean
 LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
@@ -1366,3 +1403,5 @@ SELECT pg_catalog.pg_extension_config_dump('chat.chat_task_place_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('chat.chat_tool_call', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_usage', '');
+SELECT pg_catalog.pg_extension_config_dump('chat.chat_usage_id_seq', '');

@@ -24,6 +24,7 @@
 #include "shmem.h"
 #include "stream.h"
 #include "task.h"
+#include "title.h"
 #include "tool.h"
 #include "turn.h"
 #include "user.h"
@@ -50,6 +51,7 @@ _PG_init(void)
 	chat_tool_init();
 	chat_user_init();
 	chat_prompt_init();
+	chat_title_init();
 	chat_worker_init();
 	chat_launcher_init();
 	MarkGUCPrefixReserved("chat");

@@ -225,11 +225,18 @@ parse(const char *text)
 											  CStringGetDatum(text)));
 }
 
+/* Returns a member of a JSON object as text, NULL if it has none. */
+char *
+chat_context_member(const char *object, const char *name)
+{
+	return member(&parse(object)->root, name);
+}
+
 /* Returns a setting of a job's session as text, NULL if it has none. */
 char *
 chat_context_setting(const ChatJob *job, const char *name)
 {
-	return member(&parse(job->settings)->root, name);
+	return chat_context_member(job->settings, name);
 }
 
 /* Returns how many messages a job's session wants in its requests. */

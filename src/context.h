@@ -67,4 +67,7 @@ extern char *chat_context_request(const ChatJob *job, ChatServer *server,
 /* Returns a setting of a job's session as text, NULL if it has none. */
 extern char *chat_context_setting(const ChatJob *job, const char *name);
 
+/* Returns a member of a JSON object as text, NULL if it has none. */
+extern char *chat_context_member(const char *object, const char *name);
+
 #endif							/* CHAT_CONTEXT_H */

@@ -44,10 +44,18 @@ typedef enum ChatHttpEnd
 	CHAT_HTTP_FATAL				/* certificate, URL, protocol: final */
 } ChatHttpEnd;
 
+/* What a transfer's owner is. */
+typedef enum ChatTransferKind
+{
+	CHAT_TRANSFER_STREAM,
+	CHAT_TRANSFER_TOOL,			/* httptool.c */
+	CHAT_TRANSFER_SIDE			/* side.c */
+} ChatTransferKind;
+
 typedef struct ChatTransfer
 {
 	void	   *owner;			/* the caller's */
-	bool		is_tool;		/* owner is an HTTP tool call, not a stream */
+	ChatTransferKind kind;
 	CURL	   *easy;
 	struct curl_slist *headers;
 	char	   *body;			/* malloc'ed; freed when the answer begins */

@@ -319,7 +319,7 @@ send_request(HttpCall *c)
 	req.once = !c->idempotent;
 	c->due = chat_stream_clock() + c->timeout;
 	c->transfer = chat_http_open(&req, c);
-	c->transfer->is_tool = true;
+	c->transfer->kind = CHAT_TRANSFER_TOOL;
 	for (int i = 0; i < n; i++)
 		explicit_bzero(headers[i], strlen(headers[i]));
 }

@@ -27,7 +27,7 @@
 
 /* A job that may be claimed: j, of database db. */
 #define CLAIMABLE(db) \
-	" j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked" \
+	" j.holder IS NULL AND j.kind = 'completion' AND NOT j.parked" \
 	" AND j.database = " db " AND j.run_at <= now()" \
 	" AND NOT EXISTS (SELECT FROM chat.chat_task AS r" \
 	"  WHERE r.session_id = j.session_id AND r.status = 'running'" \
@@ -40,12 +40,12 @@
 #define PAIRS(db) \
 	"pair (server, owner) AS (" \
 	" (SELECT j.server, j.owner FROM chat.chat_job AS j" \
-	"  WHERE j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked" \
+	"  WHERE j.holder IS NULL AND j.kind = 'completion' AND NOT j.parked" \
 	"   AND j.database = " db " ORDER BY j.server, j.owner LIMIT 1)" \
 	" UNION ALL" \
 	" SELECT n.server, n.owner FROM pair AS p CROSS JOIN LATERAL" \
 	"  (SELECT j.server, j.owner FROM chat.chat_job AS j" \
-	"   WHERE j.holder IS NULL AND j.kind <> 'tool' AND NOT j.parked" \
+	"   WHERE j.holder IS NULL AND j.kind = 'completion' AND NOT j.parked" \
 	"    AND j.database = " db \
 	"    AND (j.server, j.owner) > (p.server, p.owner)" \
 	"   ORDER BY j.server, j.owner LIMIT 1) AS n" \
@@ -54,7 +54,7 @@
 /* What every claim does with the jobs that it has chosen and locked. */
 #define PICKED_COLUMNS \
 	" j.id, j.session_id, j.task_id, j.rerun, s.next_sequence," \
-	" s.channel, s.user_id, s.settings"
+	" s.channel, s.user_id, s.settings, s.title IS NULL AS untitled"
 
 #define TAKE_PICKED \
 	"), old AS MATERIALIZED (" \
@@ -95,7 +95,8 @@
 	"  j.owner, j.attempts, j.crashes, o.run < 0," \
 	"  j.cancel, t.run, j.last_seq, t.slot, o.channel::text," \
 	"  t.server::text, o.user_id, (o.settings || t.options)::text," \
-	"  o.new_run, p.reset, t.steps" \
+	"  o.new_run, p.reset, t.steps," \
+	"  o.untitled AND o.input->>'role' = 'user'" \
 	" FROM old AS o JOIN job AS j ON j.id = o.id" \
 	" JOIN task AS t ON t.id = o.task_id" \
 	" JOIN chat.chat_job AS p ON p.id = o.id" \
@@ -197,6 +198,9 @@ CHAT_STMT(queue_rest,
 		  "  AND j.parked AND j.database = $1),"
 		  " EXISTS (SELECT FROM chat.chat_job AS j WHERE j.holder IS NULL"
 		  "  AND j.kind = 'tool' AND j.database = $1"
+		  "  AND j.run_at <= now()),"
+		  " EXISTS (SELECT FROM chat.chat_job AS j WHERE j.holder IS NULL"
+		  "  AND j.kind IN ('title', 'summary') AND j.database = $1"
 		  "  AND j.run_at <= now())",
 		  OIDOID, TEXTARRAYOID);
 
@@ -419,7 +423,7 @@ CHAT_STMT(held_jobs,
 /* $1 holder */
 CHAT_STMT(count_held,
 		  "SELECT count(*), COALESCE(sum(epoch), 0)::bigint"
-		  " FROM chat.chat_job WHERE holder = $1 AND kind <> 'tool'",
+		  " FROM chat.chat_job WHERE holder = $1 AND kind = 'completion'",
 		  INT8OID);
 
 /* Reads one row of claim_jobs. */
@@ -446,6 +450,7 @@ read_job(ChatJob *job, uint64 row)
 	job->user_id = chat_db_text(row, 16);
 	job->settings = chat_db_text(row, 17);
 	job->steps = chat_db_int32(row, 20, 0);
+	job->untitled = chat_db_bool(row, 21);
 	job->reset = !job->first && (new_run || chat_db_bool(row, 19));
 }
 
@@ -489,6 +494,7 @@ read_rest(const ChatClaim *claim, const ChatJob *jobs, int n,
 	rest->turns = chat_db_bool(0, 5);
 	rest->parked = chat_db_bool(0, 6);
 	rest->tools = chat_db_bool(0, 7);
+	rest->sides = chat_db_bool(0, 8);
 }
 
 /* Sets the parameters of a fair claim. */

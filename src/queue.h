@@ -28,6 +28,7 @@ typedef struct ChatJob
 	bool		first;			/* the task's first claim ever */
 	bool		reset;			/* listeners saw something that is void now */
 	bool		cancel;
+	bool		untitled;		/* a user's message starts, no title yet */
 	int64		seq;			/* of the last event */
 	int16		slot;
 	char	   *channel;
@@ -98,6 +99,7 @@ typedef struct ChatQueueRest
 	bool		turns;			/* parked tasks that are due */
 	bool		parked;			/* any parked task */
 	bool		tools;			/* tool jobs that are due */
+	bool		sides;			/* titles and summaries that are due */
 	TimestampTz next_run;		/* of jobs not yet due, DT_NOEND = none */
 } ChatQueueRest;
 

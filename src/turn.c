@@ -165,7 +165,7 @@ CHAT_STMT(pick_turns,
 		  "WITH picked AS MATERIALIZED ("
 		  " SELECT j.id, s.channel FROM chat.chat_job AS j"
 		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
-		  " WHERE j.holder IS NULL AND j.kind <> 'tool' AND j.parked"
+		  " WHERE j.holder IS NULL AND j.kind = 'completion' AND j.parked"
 		  "  AND j.database = $2 AND j.run_at <= now()"
 		  " ORDER BY j.run_at, j.id LIMIT $3"
 		  " FOR UPDATE OF j SKIP LOCKED"

@@ -55,14 +55,18 @@
 #include "retention.h"
 #include "server.h"
 #include "shmem.h"
+#include "side.h"
 #include "stream.h"
 #include "throttle.h"
+#include "title.h"
 #include "tool.h"
 #include "turn.h"
 #include "worker.h"
 
 /* jobs of one claim; more follow in the next turn of the loop */
 #define MAX_CLAIM 256
+/* titles and the like of one claim */
+#define MAX_SIDES 32
 /* ends of one transaction */
 #define MAX_ENDS 1000
 /* unflushed bytes of a stream beyond which its transfer is paused */
@@ -114,6 +118,7 @@ static bool crowded = false;	/* jobs wait for room: take them in turns */
 static bool cancels_due = false;	/* unclaimed jobs that shall end */
 static bool turns_due = false;	/* parked tasks have something to do */
 static bool tools_due = false;	/* tool jobs may be ready */
+static bool sides_due = false;	/* title and summary jobs may be ready */
 static int64 beat_due = NEVER;	/* heartbeat */
 static int64 adopt_due = 0;		/* jobs of the dead: at the start */
 
@@ -399,6 +404,7 @@ recheck(void)
 	if (held.extension != extension)
 		exit_absent();
 	chat_httptool_keep(held.ids, held.n);
+	chat_side_keep(held.ids, held.n);
 	dlist_foreach_modify(iter, &streams)
 	{
 		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
@@ -971,6 +977,7 @@ claim_work(void *arg)
 	chat_context_load(jobs, n, contexts);
 	c->n = n;
 	chat_registry_load(jobs, n, tools);
+	chat_title_queue(jobs, n);
 	make_streams(c, jobs, contexts, tools);
 	record_prompts(c);
 	for (int i = 0; i < n; i++)
@@ -1065,6 +1072,7 @@ plan_next(const Claim *c)
 	plan_claim(c, now);
 	turns_due = c->rest.turns;
 	tools_due = c->rest.tools;
+	sides_due = c->rest.sides;
 	if (!c->rest.parked && nstreams == 0 && c->n == 0)
 		beat_due = NEVER;
 	else if (beat_due == NEVER)
@@ -1114,6 +1122,46 @@ static bool
 claim_is_due(int64 now)
 {
 	return claim_due <= now || rest_due <= now;
+}
+
+/* ---------- requests beside the turns ---------- */
+
+/* Transaction: takes jobs that ask for a title or a summary. */
+static void
+claim_sides_work(void *arg)
+{
+	*(int *) arg = chat_side_claim(identity, MAX_SIDES);
+}
+
+/* Has titles and summaries made that wait. */
+static void
+run_sides(void)
+{
+	int			n = 0;
+	bool		ok = try_transaction("claim titles and summaries", true,
+									 claim_sides_work, &n) == NULL;
+
+	chat_side_open(ok);
+	if (!ok)
+		rest_due = Min(rest_due, chat_stream_clock() + 100);
+	if (n > 0)
+		check_due = 0;
+	sides_due = n == MAX_SIDES;
+}
+
+/* Transaction: stores what came of requests beside the turns. */
+static void
+store_sides_work(void *arg)
+{
+	chat_side_store(identity);
+}
+
+/* Stores what came of requests beside the turns. */
+static void
+store_sides(void)
+{
+	chat_side_stored(try_transaction("store titles and summaries", true,
+									 store_sides_work, NULL) == NULL);
 }
 
 /* ---------- tools ---------- */
@@ -1303,7 +1351,7 @@ check_times(int64 now)
 {
 	dlist_iter	iter;
 
-	check_due = chat_httptool_check_time(now);
+	check_due = Min(chat_httptool_check_time(now), chat_side_check_time(now));
 	dlist_foreach(iter, &streams)
 	{
 		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
@@ -1354,10 +1402,10 @@ sleep_time(void)
 						  Min(Min(strays_due, adopt_due), next_flush()));
 	long		http = chat_http_timeout();
 
-	due = Min(due, chat_retention_due());
+	due = Min(due, Min(chat_retention_due(), chat_side_due()));
 	due = Min(due, Min(claim_due, rest_due));
-	if (turns_due || tools_due || chat_httptool_pending() ||
-		pg_atomic_read_u32(&chat_slot->rung))
+	if (turns_due || tools_due || (sides_due && enabled) ||
+		chat_httptool_pending() || pg_atomic_read_u32(&chat_slot->rung))
 		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
@@ -1468,6 +1516,7 @@ give_back_work(void *arg)
 		ends[n++] = &s->end;
 	}
 	chat_queue_release(identity, ends, n);
+	chat_side_give_back(identity);
 }
 
 /*
@@ -1478,7 +1527,8 @@ give_back_work(void *arg)
 static void
 give_back(int code, Datum arg)
 {
-	if (nstreams == 0 || chat_slot->exit == CHAT_EXIT_ABSENT)
+	if ((nstreams == 0 && chat_side_idle()) ||
+		chat_slot->exit == CHAT_EXIT_ABSENT)
 		return;
 	AbortOutOfAnyTransaction();
 	(void) set_config_option("synchronous_commit", "local", PGC_SUSET,
@@ -1600,11 +1650,12 @@ receive(void)
 		bool		waiting;
 		bool		received;
 
-		if (t->is_tool)
-		{
+		if (t->kind == CHAT_TRANSFER_TOOL)
 			(void) chat_httptool_receive(t);
+		if (t->kind == CHAT_TRANSFER_SIDE)
+			chat_side_receive(t);
+		if (t->kind != CHAT_TRANSFER_STREAM)
 			continue;
-		}
 		waiting = s->first_content_at == 0;
 		received = chat_stream_receive(s);
 		if (waiting && s->first_content_at != 0)
@@ -1678,6 +1729,10 @@ chat_worker_main(Datum slot)
 			run_tools();
 		if (chat_httptool_pending())
 			store_http();
+		if (sides_due && enabled)
+			run_sides();
+		if (chat_side_due() <= now)
+			store_sides();
 		if (beat_due <= now)
 			beat(now);
 		MemoryContextReset(tick_context);

@@ -99,6 +99,7 @@ cluster_start bench "fsync = on
 shared_buffers = 256MB
 max_wal_size = 4GB
 log_min_messages = warning
+chat.generate_titles = off
 ${BENCH_CONF:-}"
 prepare
 echo "$PG_VERSION, $(nproc) processors, $(sed -n \

@@ -95,6 +95,7 @@ max_worker_processes = 32
 max_prepared_transactions = 10
 log_statement = none
 chat.default_prompt = ''
+chat.generate_titles = off
 $conf
 EOF
 	return $node unless $start;

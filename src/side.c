@@ -1,0 +1,620 @@
+/*
+ * side.c
+ *		Requests that the worker makes beside the turns.
+ *
+ * Owns the list of those that this worker has under way, local to the
+ * process.  A request that has a job is claimed like any other; its job is
+ * deleted with what it stores, so a worker that dies in between leaves an
+ * orphan that is made again.  None of them waits for an application: a
+ * session that somebody holds locked gets its result later.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+
+#include "db.h"
+#include "side.h"
+#include "stream.h"
+#include "title.h"
+
+/* longest time of a request, in ms */
+#define MAX_TIME 30000
+/* largest answer, in bytes */
+#define MAX_ANSWER (1024 * 1024)
+/* of an error body this much is told */
+#define MAX_TOLD 65536
+/* a job that took so many workers down is not tried again */
+#define MAX_CRASHES 3
+#define MIN_DELAY 10
+#define MAX_DELAY 1000
+/* results that the database refuses are given up after so many tries */
+#define MAX_TRIES 10
+
+static const ChatSideType *const types[] = {&chat_title};
+
+static dlist_head sides = DLIST_STATIC_INIT(sides); /* under way */
+static dlist_head asked = DLIST_STATIC_INIT(asked); /* not yet committed */
+
+/* $1 holder, $2 limit, $3 database */
+CHAT_STMT(claim_sides,
+		  "WITH picked AS MATERIALIZED ("
+		  " SELECT j.id FROM chat.chat_job AS j"
+		  " WHERE j.holder IS NULL AND j.kind IN ('title', 'summary')"
+		  "  AND j.database = $3 AND j.run_at <= now()"
+		  " ORDER BY j.priority, j.id LIMIT $2 FOR UPDATE OF j SKIP LOCKED"
+		  "), job AS ("
+		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
+		  "  attempts = j.attempts + 1"
+		  " FROM picked AS p WHERE j.id = p.id RETURNING j.*)"
+		  " SELECT j.id, j.epoch, j.kind, j.crashes, j.session_id, j.task_id,"
+		  "  j.owner, j.server::text, s.channel::text, s.user_id,"
+		  "  s.settings::text, j.input::text"
+		  " FROM job AS j JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " ORDER BY j.id",
+		  INT8OID, INT4OID, OIDOID);
+
+/* $1 holder */
+CHAT_STMT(give_back_sides,
+		  "UPDATE chat.chat_job SET holder = NULL, attempts = attempts - 1"
+		  " WHERE holder = $1 AND kind IN ('title', 'summary')",
+		  INT8OID);
+
+/* $1 job, $2 epoch, $3 holder */
+CHAT_STMT(drop_side,
+		  "DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
+		  " AND holder = $3",
+		  INT8OID, INT8OID, INT8OID);
+
+/*
+ * $1 session, $2 kind, $3 server, $4 model, $5 prompt tokens, $6 completion
+ * tokens, $7 cached, $8 reasoning tokens, $9 whether they are a guess
+ */
+CHAT_STMT(count_usage,
+		  "WITH session AS ("
+		  " UPDATE chat.chat_session AS s SET"
+		  "  total_prompt_tokens = s.total_prompt_tokens + $5,"
+		  "  total_completion_tokens = s.total_completion_tokens + $6"
+		  " WHERE s.id = $1 RETURNING s.id, s.owner, s.user_id)"
+		  " INSERT INTO chat.chat_usage (session_id, owner, user_id, server,"
+		  "  model, kind, prompt_tokens, completion_tokens, cached_tokens,"
+		  "  reasoning_tokens, estimated)"
+		  " SELECT s.id, s.owner, s.user_id, $3::name, $4, $2, $5, $6, $7, $8,"
+		  "  $9 FROM session AS s",
+		  UUIDOID, TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, INT8OID,
+		  INT8OID, BOOLOID);
+
+/* Makes an empty request. */
+static ChatSide *
+make_side(const ChatSideType *type)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext,
+												  "chat side request",
+												  ALLOCSET_SMALL_SIZES);
+	ChatSide   *s = MemoryContextAllocZero(context, sizeof(ChatSide));
+
+	s->context = context;
+	s->type = type;
+	s->usage.prompt = s->usage.completion = -1;
+	s->usage.cached = s->usage.reasoning = -1;
+	return s;
+}
+
+/* Frees a request that is in no list. */
+static void
+free_side(ChatSide *s)
+{
+	if (s->transfer)
+		chat_http_close(s->transfer);
+	if (s->key)
+		explicit_bzero(s->key, strlen(s->key));
+	if (s->header)
+		explicit_bzero(s->header, strlen(s->header));
+	MemoryContextDelete(s->context);
+}
+
+/* Notes that nothing came of a request. */
+static void
+fail(ChatSide *s, const char *error)
+{
+	MemoryContext old;
+
+	if (s->ended)
+		return;
+	old = MemoryContextSwitchTo(s->context);
+	s->ended = true;
+	s->failed = true;
+	s->error = chat_server_redact(error, s->key);
+	MemoryContextSwitchTo(old);
+}
+
+/* ---------- claim ---------- */
+
+/* Returns the type that has jobs of a kind. */
+static const ChatSideType *
+find_type(const char *kind)
+{
+	for (size_t i = 0; i < lengthof(types); i++)
+		if (strcmp(types[i]->kind, kind) == 0)
+			return types[i];
+	elog(ERROR, "no requests of kind \"%s\"", kind);
+}
+
+/* Reads one row of claim_sides. */
+static ChatSide *
+read_side(uint64 row)
+{
+	ChatSide   *s = make_side(find_type(chat_db_text(row, 3)));
+	MemoryContext old = MemoryContextSwitchTo(s->context);
+
+	s->job = chat_db_int64(row, 1, 0);
+	s->epoch = chat_db_int64(row, 2, 0);
+	s->crashes = chat_db_int32(row, 4, 0);
+	s->session = chat_db_uuid(row, 5);
+	s->task = chat_db_uuid(row, 6);
+	s->owner = chat_db_oid(row, 7);
+	s->server_name = chat_db_text(row, 8);
+	s->channel = chat_db_text(row, 9);
+	s->user_id = chat_db_text(row, 10);
+	s->settings = chat_db_text(row, 11);
+	s->input = chat_db_text(row, 12);
+	MemoryContextSwitchTo(old);
+	return s;
+}
+
+/* Reads the endpoint and the key, builds the body. */
+static void
+prepare_completion(ChatSide *s)
+{
+	if (s->crashes >= MAX_CRASHES)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the request has ended its worker %d times",
+						s->crashes)));
+	MemoryContextSwitchTo(s->context);
+	s->server = chat_server_load(s->server_name, false);
+	chat_server_check(s->server_name, s->owner, "any");
+	s->key = chat_server_key(s->server, s->owner);
+	s->type->prepare(s);
+}
+
+/* Prepares a request that was claimed; an error ends it. */
+static void
+prepare(ChatSide *s)
+{
+	MemoryContext old = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		prepare_completion(s);
+		MemoryContextSwitchTo(old);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(s->context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		fail(s, edata->message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+	CurrentResourceOwner = owner;
+}
+
+/* Takes jobs that wait. */
+int
+chat_side_claim(int64 holder, int most)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	Datum		values[3];
+	dlist_iter	iter;
+	uint64		n;
+
+	values[0] = Int64GetDatum(holder);
+	values[1] = Int32GetDatum(most);
+	values[2] = ObjectIdGetDatum(MyDatabaseId);
+	n = chat_db_exec(&claim_sides, values, NULL);
+	for (uint64 row = 0; row < n; row++)
+		dlist_push_tail(&asked, &read_side(row)->node);
+	MemoryContextSwitchTo(caller);
+	dlist_foreach(iter, &asked)
+	{
+		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+
+		if (s->job != 0)
+			prepare(s);
+	}
+	return (int) n;
+}
+
+/* Asks for something that has no job. */
+ChatSide *
+chat_side_add(const ChatSideType *type)
+{
+	ChatSide   *s = make_side(type);
+
+	dlist_push_tail(&asked, &s->node);
+	return s;
+}
+
+/* Finds a request that is under way. */
+ChatSide *
+chat_side_find(bool (*match) (const ChatSide *, void *), void *arg)
+{
+	dlist_head *const lists[] = {&sides, &asked};
+	dlist_iter	iter;
+
+	for (size_t i = 0; i < lengthof(lists); i++)
+		dlist_foreach(iter, lists[i])
+		{
+			ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+
+			if (!s->ended && match(s, arg))
+				return s;
+		}
+	return NULL;
+}
+
+/* ---------- the request ---------- */
+
+/* Sends a request. */
+static void
+send_request(ChatSide *s)
+{
+	ChatServer *server = s->server;
+	ChatHttpRequest req = {0};
+	char	  **headers = &s->header;
+	int			n = 1;
+
+	if (s->header == NULL)
+		n = chat_server_headers(server, s->key, &headers);
+	req.url = s->url ? s->url : chat_server_url(server, chat_openai.path);
+	req.body = s->body;
+	req.body_len = s->body ? strlen(s->body) : 0;
+	req.headers = (const char *const *) headers;
+	req.nheaders = n;
+	req.ca_file = server->ca_file;
+	req.proxy = server->proxy;
+	req.connect_timeout = server->connect_timeout >= 0
+		? server->connect_timeout : 10000;
+	req.allow_loopback = server->is_loopback;
+	req.allow_private = server->allow_private;
+	req.max_body = MAX_ANSWER;
+	s->due = chat_stream_clock() + MAX_TIME;
+	if (server->stream_timeout >= 0)
+		s->due = Min(s->due, chat_stream_clock() + server->stream_timeout);
+	s->transfer = chat_http_open(&req, s);
+	s->transfer->kind = CHAT_TRANSFER_SIDE;
+	if (s->header == NULL)
+		for (int i = 0; i < n; i++)
+			explicit_bzero(headers[i], strlen(headers[i]));
+}
+
+/* Sends the requests that were asked for. */
+void
+chat_side_open(bool committed)
+{
+	while (!dlist_is_empty(&asked))
+	{
+		ChatSide   *s = dlist_container(ChatSide, node,
+										dlist_pop_head_node(&asked));
+		MemoryContext old;
+
+		if (!committed)
+		{
+			free_side(s);
+			continue;
+		}
+		dlist_push_tail(&sides, &s->node);
+		if (s->ended)
+			continue;
+		old = MemoryContextSwitchTo(s->context);
+		PG_TRY();
+		{
+			send_request(s);
+		}
+		PG_CATCH();
+		{
+			ErrorData  *edata;
+
+			MemoryContextSwitchTo(s->context);
+			edata = CopyErrorData();
+			FlushErrorState();
+			fail(s, edata->message);
+		}
+		PG_END_TRY();
+		MemoryContextSwitchTo(old);
+	}
+}
+
+/* Judges an answer that has come to its end. */
+static void
+settle(ChatSide *s)
+{
+	ChatTransfer *t = s->transfer;
+	const char *body = t->buf ? t->buf : "";
+	ChatEndpointError error;
+
+	if (t->end != CHAT_HTTP_OK)
+		fail(s, t->error);
+	else if (t->status >= 200 && t->status <= 299)
+	{
+		if (s->type->read(s, body, t->len))
+			s->ended = true;
+		else
+			fail(s, "the answer is not what was asked for");
+	}
+	else
+	{
+		chat_openai.read_error(t->status, body, Min(t->len, MAX_TOLD), &error);
+		fail(s, psprintf("HTTP status %d: %.*s", t->status,
+						 (int) error.message.len, error.message.data));
+	}
+}
+
+/* Takes what a transfer has received. */
+void
+chat_side_receive(ChatTransfer *t)
+{
+	ChatSide   *s = t->owner;
+	MemoryContext old;
+
+	if (!t->done || s->ended)
+		return;
+	old = MemoryContextSwitchTo(s->context);
+	PG_TRY();
+	{
+		settle(s);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(s->context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		fail(s, edata->message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+}
+
+/* Ends what takes too long. */
+int64
+chat_side_check_time(int64 now)
+{
+	int64		due = PG_INT64_MAX;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &sides)
+	{
+		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+
+		if (s->ended)
+			continue;
+		if (now < s->due)
+		{
+			due = Min(due, s->due);
+			continue;
+		}
+		chat_http_close(s->transfer);
+		s->transfer = NULL;
+		fail(s, "no answer came in time");
+	}
+	return due;
+}
+
+/* ---------- results ---------- */
+
+/* When results can be stored. */
+int64
+chat_side_due(void)
+{
+	int64		due = PG_INT64_MAX;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &sides)
+	{
+		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+
+		if (s->ended)
+			due = Min(due, s->store_at);
+	}
+	return due;
+}
+
+/* Deletes the job of a request whose result the database refuses. */
+static bool
+drop(ChatSide *s, int64 holder)
+{
+	Datum		values[3] = {Int64GetDatum(s->job), Int64GetDatum(s->epoch),
+	Int64GetDatum(holder)};
+
+	if (s->job != 0)
+		chat_db_exec(&drop_side, values, NULL);
+	return true;
+}
+
+/* Stores the results. */
+void
+chat_side_store(int64 holder)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	int64		now = chat_stream_clock();
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &sides)
+	{
+		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+
+		s->stored = false;
+		if (!s->ended || s->store_at > now)
+			continue;
+		s->stored = s->tries >= MAX_TRIES ? drop(s, holder)
+			: s->type->store(s, holder);
+		MemoryContextSwitchTo(caller);
+		if (!s->stored)
+			s->store_at = now + MAX_DELAY;
+	}
+}
+
+/* Forgets what is stored; what was not is tried again later. */
+void
+chat_side_stored(bool committed)
+{
+	int64		now = chat_stream_clock();
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &sides)
+	{
+		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+
+		if (!s->ended)
+			continue;
+		if (committed && s->stored)
+		{
+			dlist_delete(&s->node);
+			free_side(s);
+		}
+		else if (!committed)
+			s->store_at = now + Min(MIN_DELAY << Min(s->tries++, 10),
+									MAX_DELAY);
+	}
+}
+
+/* Ends the requests whose jobs are gone. */
+void
+chat_side_keep(const int64 *ids, int n)
+{
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &sides)
+	{
+		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);
+		bool		found = s->job == 0;
+
+		for (int i = 0; i < n && !found; i++)
+			found = ids[i] == s->job;
+		if (found)
+			continue;
+		dlist_delete(&s->node);
+		free_side(s);
+	}
+}
+
+/* True if no request is under way. */
+bool
+chat_side_idle(void)
+{
+	return dlist_is_empty(&sides);
+}
+
+/* Gives the jobs back. */
+void
+chat_side_give_back(int64 holder)
+{
+	Datum		values[1] = {Int64GetDatum(holder)};
+
+	chat_db_exec(&give_back_sides, values, NULL);
+}
+
+/* ---------- for types that ask a model ---------- */
+
+/* Returns a C string as a piece of text; absent when NULL. */
+static ChatStr
+str(const char *text)
+{
+	ChatStr		s = {text, text ? strlen(text) : 0};
+
+	return s;
+}
+
+/* Returns a uuid in its text form. */
+static char *
+uuid_text(const pg_uuid_t *id)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
+}
+
+/* Builds the body of a request for a short text: no tools, no reasoning. */
+char *
+chat_side_completion(const ChatSide *s, const char *model, const char *system,
+					 const char *text, int max_tokens)
+{
+	char	   *session = uuid_text(&s->session);
+	ChatMessage message = {0};
+	ChatRequest req = {0};
+	StringInfoData body;
+
+	message.role = str("user");
+	message.content = str(text);
+	req.model = str(model);
+	req.system = str(system);
+	req.messages = &message;
+	req.nmessages = 1;
+	req.max_tokens = str(psprintf("%d", max_tokens));
+	req.max_tokens_field = str(s->server->max_tokens_field);
+	if (s->server->tracing)
+	{
+		req.user = str(s->user_id);
+		req.session_id = str(session);
+	}
+	req.extra_body = str(chat_server_expand_body(s->server, s->user_id,
+												 session, NULL));
+	initStringInfo(&body);
+	chat_openai.build_request(&body, &req);
+	return body.data;
+}
+
+/* Reads the answer of a model: text and usage. */
+bool
+chat_side_read_completion(ChatSide *s, const char *body, size_t len)
+{
+	ChatChunk	chunk;
+
+	if (!chat_openai.parse_response(body, len, &chunk) || chunk.is_error)
+		return false;
+	if (chunk.has_usage)
+		s->usage = chunk.usage;
+	s->model = pnstrdup(chunk.model.data ? chunk.model.data : "",
+						chunk.model.len);
+	s->text = pnstrdup(chunk.text.data ? chunk.text.data : "",
+					   chunk.text.len);
+	return true;
+}
+
+/* Counts what a request has used, for its session and for itself. */
+void
+chat_side_count(const ChatSide *s, const char *kind)
+{
+	const ChatUsage *u = &s->usage;
+	bool		guessed = u->prompt < 0 || u->completion < 0;
+	Datum		values[9];
+	char		nulls[10] = "         ";
+
+	if (s->text == NULL)
+		return;
+	values[0] = UUIDPGetDatum(&s->session);
+	values[1] = CStringGetTextDatum(kind);
+	values[2] = CStringGetTextDatum(s->server_name);
+	values[3] = CStringGetTextDatum(s->model);
+	nulls[3] = s->model[0] ? ' ' : 'n';
+	values[4] = Int64GetDatum(u->prompt >= 0 ? u->prompt
+							  : (int64) strlen(s->body) / 4);
+	values[5] = Int64GetDatum(u->completion >= 0 ? u->completion
+							  : ((int64) strlen(s->text) + 3) / 4);
+	values[6] = Int64GetDatum(Max(u->cached, 0));
+	values[7] = Int64GetDatum(Max(u->reasoning, 0));
+	values[8] = BoolGetDatum(guessed);
+	chat_db_exec(&count_usage, values, nulls);
+}

@@ -1,0 +1,22 @@
+/*
+ * title.h
+ *		Titles of sessions, written by a model after the first message.
+ */
+#ifndef CHAT_TITLE_H
+#define CHAT_TITLE_H
+
+#include "postgres.h"
+
+#include "queue.h"
+#include "side.h"
+
+/* Requests for titles: what side.c drives. */
+extern const ChatSideType chat_title;
+
+/* Declares the settings of titles. */
+extern void chat_title_init(void);
+
+/* In a claim: queues titles for those sessions of its jobs that need one. */
+extern void chat_title_queue(const ChatJob *jobs, int n);
+
+#endif							/* CHAT_TITLE_H */
