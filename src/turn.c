@@ -275,7 +275,7 @@ CHAT_STMT(leave_turns,
 		  " FROM job WHERE t.id = job.task_id)"
 		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
 		  "  owner, database, cancel)"
-		  " SELECT 'completion', job.session_id, q.id, q.server, job.owner,"
+		  " SELECT DISTINCT 'completion', job.session_id, q.id, q.server, job.owner,"
 		  "  $2, q.superseded IS NOT NULL"
 		  " FROM job CROSS JOIN LATERAL (SELECT t.* FROM chat.chat_task AS t"
 		  "  WHERE t.session_id = job.session_id AND t.status = 'queued'"
@@ -984,6 +984,37 @@ write_jobs(int64 holder, Turn **turns, int n)
 	chat_db_exec(&leave_turns, params, NULL);
 }
 
+/*
+ * Ends tasks.  Each end makes its session's next task ready: two of the same
+ * session end one after the other.
+ */
+static void
+finish_tasks(int64 holder, ChatEnd **ends, int n)
+{
+	ChatEnd   **now = palloc(sizeof(ChatEnd *) * Max(n, 1));
+
+	while (n > 0)
+	{
+		int			nnow = 0;
+		int			later = 0;
+
+		for (int i = 0; i < n; i++)
+		{
+			bool		again = false;
+
+			for (int k = 0; k < nnow && !again; k++)
+				again = memcmp(&now[k]->job->session, &ends[i]->job->session,
+							   UUID_LEN) == 0;
+			if (again)
+				ends[later++] = ends[i];
+			else
+				now[nnow++] = ends[i];
+		}
+		chat_queue_finish(holder, now, nnow);
+		n = later;
+	}
+}
+
 /* Ends the tasks that end here, and sends the others on. */
 static void
 write_turns(int64 holder, Turn *turns, int n, ChatEventBatch *batch)
@@ -1002,9 +1033,21 @@ write_turns(int64 holder, Turn *turns, int n, ChatEventBatch *batch)
 		else
 			going[ngoing++] = &turns[i];
 	}
-	if (nends > 0)
-		chat_queue_finish(holder, ends, nends);
+	/* who ends a task rings those that wait for its session: they come first */
 	write_jobs(holder, going, ngoing);
+	finish_tasks(holder, ends, nends);
+}
+
+/* True if an earlier turn of the batch lets its task have the session. */
+static bool
+session_is_taken(const Turn *turns, int i)
+{
+	for (int k = 0; k < i; k++)
+		if (turns[k].status && strcmp(turns[k].status, "running") == 0 &&
+			memcmp(&turns[k].job.session, &turns[i].job.session,
+				   UUID_LEN) == 0)
+			return true;
+	return false;
 }
 
 /* Gives the due parked tasks their turn. */
@@ -1032,7 +1075,10 @@ chat_turn_run(int64 holder, ChatEventBatch *batch, pg_uuid_t **tasks)
 	}
 	load(turns, n);
 	for (int i = 0; i < n; i++)
+	{
+		turns[i].busy |= session_is_taken(turns, i);
 		take_turn(&turns[i], now);
+	}
 	write_calls(turns, n);
 	write_turns(holder, turns, n, batch);
 	return n;
