@@ -170,6 +170,30 @@ is($turn->{answer}{content}, 'Tool said: first', '  counts');
 $fake->open_gate('late');
 sound($turn, $node, 'a callback that overtakes');
 
+# the same operation again, while it goes on
+$fake->forget;
+($session, $task) = start($node, "[[tool=job id=c1 args=$args]]");
+($operation) = wait_for_calls($node, $task, 'waiting', 1);
+$other = ask($node, $session, "impatient [[tool=job id=c1 args=$args tool=job id=c2 args="
+	  . value('{"command":"status=200 text=other"}') . ']]');
+$turn = turn_of($node, $other);
+my @again = map { $_->{shown} } calls($node, $other);
+is_deeply(
+	[ @{ decode($again[0]) }{qw(type operation_id tool_name)} ],
+	[ 'operation_in_progress', $operation, 'job' ],
+	'the same operation is not started twice');
+is($again[1], 'other', '  one with other arguments is');
+is(scalar(grep { $_->{path} eq '/tools/job' } $fake->requests), 2, '  the service was asked twice, not three times');
+sound($turn, $node, 'the same operation');
+complete($operation, q('"done"'));
+$turn = turn_of($node, $task);
+is((calls($node, $task))[0]{shown}, 'done', '  it ends where it was started');
+sound($turn, $node, 'the first of them');
+sound_requests($fake, 'the same operation');
+($other) = (start($node, "[[tool=job id=c1 args=$args]]"))[1];
+wait_for_calls($node, $other, 'waiting', 1);
+pass('  after that, or in another session, it is another one');
+
 #
 # accepted: any kind may go on elsewhere
 #
