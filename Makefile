@@ -3,9 +3,10 @@
 #   make demo           watch an answer stream out of PostgreSQL
 #   make check          build and run every test in private clusters
 #   make bench          throughput and latency, beside a bare client
+#   make chaos          20 minutes of random turns, faults and crashes
 #   make && make install && make installcheck      the usual PGXS way
 #
-# The first three install what they miss (apt, as root on Debian; otherwise
+# The first four install what they miss (apt, as root on Debian; otherwise
 # they say what to install), leave the installed server and its clusters
 # alone, and clean up.  PG_CONFIG chooses another PostgreSQL, COPT adds
 # compiler flags.
@@ -13,7 +14,7 @@
 PG_CONFIG ?= pg_config
 
 # Goals that work without any PostgreSQL; the rest is PGXS's.
-FRONT = check check-aimock demo bench
+FRONT = check check-aimock chaos demo bench
 
 ifneq (,$(filter $(FRONT),$(MAKECMDGOALS)))
 
@@ -21,7 +22,7 @@ ifneq (,$(filter $(FRONT),$(MAKECMDGOALS)))
 override MESSAGE := $(value MESSAGE)
 override CHAT_API_KEY := $(value CHAT_API_KEY)
 export MESSAGE CHAT_API_KEY CHAT_BASE_URL CHAT_MODEL KEEP
-export PG_CONFIG COPT FUZZ_SECONDS SYSTEM_INSTALL MAKE
+export PG_CONFIG COPT FUZZ_SECONDS CHAOS_SECONDS CHAOS_SEED SYSTEM_INSTALL MAKE
 
 check:
 	@test/install-deps check
@@ -31,6 +32,11 @@ check:
 check-aimock:
 	@test/install-deps check
 	@test/run aimock
+
+chaos: CHAOS_SECONDS ?= 1200
+chaos:
+	@test/install-deps check
+	@test/run chaos
 
 demo:
 	@test/install-deps demo
