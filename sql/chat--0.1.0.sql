@@ -143,6 +143,8 @@ CREATE TABLE chat.chat_job (
 	run_at timestamptz NOT NULL DEFAULT '-infinity',
 	attempts integer NOT NULL DEFAULT 0,
 	crashes integer NOT NULL DEFAULT 0,
+	-- those of the crashes that happened while a worker was at work on it
+	blamed integer NOT NULL DEFAULT 0,
 	-- somebody wants the task to end
 	cancel boolean NOT NULL DEFAULT false,
 	-- what the listeners saw of the last attempt is void
@@ -896,6 +898,21 @@ LANGUAGE c VOLATILE PARALLEL RESTRICTED
 AS 'MODULE_PATHNAME', 'chat_worker_status';
 COMMENT ON FUNCTION chat.worker_status() IS
 'the workers of this database and what they have counted since they started';
+
+CREATE VIEW chat.poisoned_jobs WITH (security_invoker = true) AS
+	SELECT t.id AS task_id, t.session_id, t.server, t.finished_at AS set_aside_at,
+		(t.error ->> 'crashes')::integer AS crashes,
+		t.error ->> 'message' AS message
+	FROM chat.chat_task AS t
+	WHERE t.status = 'failed' AND t.error ? 'crashes' AND NOT t.error ? 'rerun';
+COMMENT ON VIEW chat.poisoned_jobs IS
+'tasks that were put aside because they have crashed their worker chat.max_crashes times, and were not run again';
+
+CREATE FUNCTION chat.rerun_job(task_id uuid) RETURNS uuid
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_rerun_job';
+COMMENT ON FUNCTION chat.rerun_job(uuid) IS
+'queues the answer again that a task of poisoned_jobs owes; returns the new task';
 
 --
 -- Statistics

@@ -15,6 +15,7 @@
 #include "compat.h"
 #include "context.h"
 #include "db.h"
+#include "debug.h"
 #include "event.h"
 #include "launcher.h"
 #include "prompt.h"
@@ -39,6 +40,7 @@ void
 _PG_init(void)
 {
 	chat_db_init();
+	chat_debug_init();
 	chat_shmem_init();
 	chat_server_init();
 	chat_event_init();

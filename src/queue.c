@@ -68,7 +68,7 @@
 	"  attempts = j.attempts + 1, reset = false, rerun = false" \
 	" FROM old AS o WHERE j.id = o.id" \
 	" RETURNING j.id, j.epoch, j.owner, j.attempts, j.crashes, j.cancel," \
-	"  j.last_seq" \
+	"  j.last_seq, j.blamed" \
 	"), task AS (" \
 	" UPDATE chat.chat_task AS t SET status = 'running', input = NULL," \
 	"  started_at = COALESCE(t.started_at, now())," \
@@ -95,7 +95,7 @@
 	"  j.owner, j.attempts, j.crashes, o.run < 0," \
 	"  j.cancel, t.run, j.last_seq, t.slot, o.channel::text," \
 	"  t.server::text, o.user_id, (o.settings || t.options)::text," \
-	"  o.new_run, p.reset, t.steps," \
+	"  o.new_run, p.reset, t.steps, j.blamed," \
 	"  o.untitled AND o.input->>'role' = 'user'" \
 	" FROM old AS o JOIN job AS j ON j.id = o.id" \
 	" JOIN task AS t ON t.id = o.task_id" \
@@ -324,15 +324,20 @@ CHAT_STMT(adopt_orphans,
 		  " AND holder <> ALL ($2)",
 		  OIDOID, INT8ARRAYOID);
 
+/* $1 jobs that a worker was at work on when it crashed */
+CHAT_STMT(blame_jobs,
+		  "UPDATE chat.chat_job SET blamed = blamed + 1 WHERE id = ANY ($1)",
+		  INT8ARRAYOID);
+
 /*
- * The same for tool calls.  A SQL tool and its result are one transaction: it
+ * The same for tool calls, $3 being the crashes that end one.  A SQL tool and its result are one transaction: it
  * has had no effect and runs again (unless it takes its worker down each
  * time).  Of an HTTP tool nobody knows, so only an idempotent one does.
  */
 CHAT_STMT(adopt_calls,
 		  "WITH dead AS MATERIALIZED ("
 		  " SELECT j.id, j.operation_id, j.session_id, j.task_id,"
-		  "  (c.kind = 'sql' OR c.idempotent) AND j.crashes < 3 AS again"
+		  "  (c.kind = 'sql' OR c.idempotent) AND j.crashes + 1 < $3 AS again"
 		  " FROM chat.chat_job AS j JOIN chat.chat_tool_call AS c"
 		  "  ON c.operation_id = j.operation_id"
 		  " WHERE j.database = $1 AND j.kind = 'tool'"
@@ -358,7 +363,7 @@ CHAT_STMT(adopt_calls,
 		  "  AND p.task_id = lost.task_id AND p.kind = 'completion'"
 		  "  AND p.parked)"
 		  " SELECT id FROM dead",
-		  OIDOID, INT8ARRAYOID);
+		  OIDOID, INT8ARRAYOID, INT4OID);
 
 /*
  * $1 database: sessions with unfinished tasks and no job.  Every session with
@@ -441,6 +446,7 @@ read_job(ChatJob *job, uint64 row)
 	job->owner = chat_db_oid(row, 6);
 	job->attempts = chat_db_int32(row, 7, 0);
 	job->crashes = chat_db_int32(row, 8, 0);
+	job->blamed = chat_db_int32(row, 21, 0);
 	job->first = chat_db_bool(row, 9);
 	job->cancel = chat_db_bool(row, 10);
 	job->seq = new_run ? run << 32 : chat_db_int64(row, 12, 0);
@@ -450,7 +456,7 @@ read_job(ChatJob *job, uint64 row)
 	job->user_id = chat_db_text(row, 16);
 	job->settings = chat_db_text(row, 17);
 	job->steps = chat_db_int32(row, 20, 0);
-	job->untitled = chat_db_bool(row, 21);
+	job->untitled = chat_db_bool(row, 22);
 	job->reset = !job->first && (new_run || chat_db_bool(row, 19));
 }
 
@@ -663,18 +669,35 @@ chat_queue_release(int64 holder, ChatEnd **ends, int n)
 	chat_queue_mark(ends, n);
 }
 
-/* Frees the jobs whose holder does not live; returns how many. */
+/* Counts the crashes that jobs have caused. */
+void
+chat_queue_blame(const int64 *jobs, int n)
+{
+	Datum	   *values = palloc(sizeof(Datum) * n);
+	Datum		params[1];
+
+	for (int i = 0; i < n; i++)
+		values[i] = Int64GetDatum(jobs[i]);
+	params[0] = chat_db_array(&chat_int8s, values, n);
+	chat_db_exec(&blame_jobs, params, NULL);
+}
+
+/*
+ * Frees the jobs whose holder does not live; returns how many.  A tool call
+ * that has lost so many workers fails.
+ */
 int
-chat_queue_adopt(const int64 *live, int nlive)
+chat_queue_adopt(const int64 *live, int nlive, int max_crashes)
 {
 	Datum	   *values = palloc(sizeof(Datum) * Max(nlive, 1));
-	Datum		params[2];
+	Datum		params[3];
 	int			n;
 
 	for (int i = 0; i < nlive; i++)
 		values[i] = Int64GetDatum(live[i]);
 	params[0] = ObjectIdGetDatum(MyDatabaseId);
 	params[1] = chat_db_array(&chat_int8s, values, nlive);
+	params[2] = Int32GetDatum(max_crashes);
 	n = (int) chat_db_exec(&adopt_orphans, params, NULL);
 	return n + (int) chat_db_exec(&adopt_calls, params, NULL);
 }

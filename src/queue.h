@@ -24,6 +24,7 @@ typedef struct ChatJob
 	Oid			owner;
 	int			attempts;		/* with this one */
 	int			crashes;
+	int			blamed;			/* crashes while a worker was at work on it */
 	int			steps;			/* that the task has made */
 	bool		first;			/* the task's first claim ever */
 	bool		reset;			/* listeners saw something that is void now */
@@ -121,7 +122,8 @@ extern int	chat_queue_claim(const ChatClaim *claim, ChatJob **jobs,
 extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_move(int64 ms);
-extern int	chat_queue_adopt(const int64 *live, int nlive);
+extern int	chat_queue_adopt(const int64 *live, int nlive, int max_crashes);
+extern void chat_queue_blame(const int64 *jobs, int n);
 extern int	chat_queue_strays(ChatStray **strays, bool *skipped);
 extern int	chat_queue_held(int64 holder, int64 **ids, int64 **epochs,
 							bool **cancels);

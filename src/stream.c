@@ -23,6 +23,7 @@
 #include "utils/timestamp.h"
 
 #include "db.h"
+#include "debug.h"
 #include "jsonbuf.h"
 #include "stream.h"
 
@@ -453,6 +454,8 @@ take_payload(ChatStream *s, const char *data, size_t len, MemoryContext brief)
 
 	if (len == 0)
 		return;
+	if (unlikely(chat_debug_fail[0] != '\0'))
+		chat_debug_crash("crash", data, len);
 	if (chat_template_match(&s->template, data, len, &text))
 	{
 		if (s->template.reasoning)
@@ -899,6 +902,22 @@ chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
 	log_end(s, json.data);
 	log_metadata(s, &s->end);
 	log_end(s, "{\"type\":\"finish\",\"finishReason\":\"error\"}");
+	MemoryContextSwitchTo(old);
+}
+
+/* Fails a task that has taken its worker down too often. */
+void
+chat_stream_poisoned(ChatStream *s)
+{
+	MemoryContext old = MemoryContextSwitchTo(s->context);
+	char	   *message = psprintf("the task has crashed its worker %d times and was put aside",
+								   s->job.blamed);
+
+	chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0, message);
+	s->end.error = psprintf("{\"code\":\"%s\",\"retryable\":false,\"message\":\"%s\",\"crashes\":%d}",
+							chat_provider_error(CHAT_ERROR_LIMIT_REACHED)->name,
+							message, s->job.blamed);
+	s->end.usage = NULL;
 	MemoryContextSwitchTo(old);
 }
 

@@ -109,6 +109,7 @@ extern bool chat_stream_receive(ChatStream *stream);
 extern int64 chat_stream_check_time(ChatStream *stream, int64 now);
 extern void chat_stream_fail(ChatStream *stream, ChatErrorKind kind,
 							 bool retryable, int status, const char *message);
+extern void chat_stream_poisoned(ChatStream *stream);
 extern void chat_stream_cancel(ChatStream *stream);
 extern void chat_stream_close(ChatStream *stream);
 extern void chat_stream_free(ChatStream *stream);

@@ -42,6 +42,7 @@ PG_FUNCTION_INFO_V1(chat_job_ring);
 PG_FUNCTION_INFO_V1(chat_task_ring);
 PG_FUNCTION_INFO_V1(chat_stream_chat_completion);
 PG_FUNCTION_INFO_V1(chat_cancel_task);
+PG_FUNCTION_INFO_V1(chat_rerun_job);
 PG_FUNCTION_INFO_V1(chat_ask);
 PG_FUNCTION_INFO_V1(chat_worker_status);
 
@@ -140,6 +141,28 @@ CHAT_STMT(cancel_task,
 		  " RETURNING id)"
 		  " SELECT id::text FROM job UNION ALL SELECT id::text FROM task",
 		  UUIDOID);
+
+/*
+ * $1 task that was put aside: what it was asked, and whether the newest
+ * message that the model sees is still its own
+ */
+CHAT_STMT(find_poisoned,
+		  "SELECT t.session_id, t.server::text, t.options,"
+		  " (SELECT m.task_id = t.id FROM chat.chat_message AS m"
+		  "  WHERE m.session_id = t.session_id AND m.active"
+		  "  ORDER BY m.sequence DESC LIMIT 1)"
+		  "  AND NOT EXISTS (SELECT FROM chat.chat_task AS o"
+		  "   WHERE o.session_id = t.session_id"
+		  "   AND o.status IN ('queued', 'running'))"
+		  " FROM chat.chat_task AS t"
+		  " WHERE t.id = $1 AND t.error ? 'crashes' AND NOT t.error ? 'rerun'",
+		  UUIDOID);
+
+/* $1 task, $2 the one that runs instead */
+CHAT_STMT(mark_rerun,
+		  "UPDATE chat.chat_task SET"
+		  " error = error || jsonb_build_object('rerun', $2) WHERE id = $1",
+		  UUIDOID, UUIDOID);
 
 /* Declares the settings of the calls. */
 void
@@ -433,6 +456,57 @@ chat_cancel_task(PG_FUNCTION_ARGS)
 	}
 	chat_db_leave(&scope);
 	PG_RETURN_BOOL(ended);
+}
+
+/* ---------- rerun_job ---------- */
+
+/* Raises that a task is not one that can be run again. */
+static void
+refuse_rerun(Datum task)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_NO_DATA_FOUND),
+			 errmsg("task was not put aside"),
+			 errdetail("There is no task %s in chat.poisoned_jobs.",
+					   DatumGetCString(DirectFunctionCall1(uuid_out, task)))));
+}
+
+/* rerun_job: queues what a task has failed to do, as another task. */
+Datum
+chat_rerun_job(PG_FUNCTION_ARGS)
+{
+	ChatScope	scope;
+	ChatCall	call = {.is_user_message = true};
+	Datum		values[3];
+	pg_uuid_t	session;
+	pg_uuid_t  *task = palloc(sizeof(pg_uuid_t));
+
+	chat_shmem_require();
+	chat_db_enter(&scope);
+	values[0] = PG_GETARG_DATUM(0);
+	if (chat_db_exec(&session_of_task, values, NULL) == 0)
+		refuse_rerun(PG_GETARG_DATUM(0));
+	session = chat_db_uuid(0, 1);
+	values[0] = UUIDPGetDatum(&session);
+	chat_db_caller(&scope, values);
+	if (chat_db_exec(&lock_task_session, values, NULL) == 0)
+		refuse_rerun(PG_GETARG_DATUM(0));
+	values[0] = PG_GETARG_DATUM(0);
+	if (chat_db_exec(&find_poisoned, values, NULL) == 0)
+		refuse_rerun(PG_GETARG_DATUM(0));
+	if (!chat_db_bool(0, 4))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the session has gone on since"),
+				 errhint("Call chat.regenerate() with the sequence of the message to answer.")));
+	call.session = &session;
+	call.server = chat_db_text(0, 2);
+	call.options = DatumGetJsonbPCopy(chat_db_datum(0, 3, &(bool) {false}));
+	*task = chat_task_queue(&scope, &call);
+	values[1] = UUIDPGetDatum(task);
+	chat_db_exec(&mark_rerun, values, NULL);
+	chat_db_leave(&scope);
+	PG_RETURN_UUID_P(task);
 }
 
 /* ---------- ask ---------- */

@@ -43,9 +43,11 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
+#include "blame.h"
 #include "compat.h"
 #include "context.h"
 #include "db.h"
+#include "debug.h"
 #include "event.h"
 #include "http.h"
 #include "httptool.h"
@@ -88,10 +90,12 @@ typedef enum ClaimMode
 } ClaimMode;
 
 static int	max_streams = 5000;
+static int	max_crashes = 3;
 static int	flush_interval = 10;
 static int	heartbeat_interval = 15000;
 static bool enabled = true;
 
+static bool same_version = false;	/* library and extension fit */
 static MemoryContext worker_context;
 static MemoryContext tick_context;
 static int64 identity;
@@ -133,6 +137,10 @@ chat_worker_init(void)
 	DefineCustomIntVariable("chat.max_streams",
 							"Most streams that a worker has open.",
 							NULL, &max_streams, 5000, 1, 1000000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_crashes",
+							"Crashes of workers that a task may cause before it fails.",
+							NULL, &max_crashes, 3, 1, 100,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("chat.flush_interval",
 							"Shortest time between two flushes of deltas.",
@@ -354,6 +362,7 @@ extension_is_here(void)
 
 	StartTransactionCommand();
 	found = get_extension_oid("chat", true);
+	same_version = OidIsValid(found) && chat_db_same_version();
 	CommitTransactionCommand();
 	return found == extension && OidIsValid(found);
 }
@@ -440,6 +449,8 @@ static void
 write_events(ChatEventBatch *batch, bool quiet)
 {
 	chat_event_write(batch);
+	if (!quiet && batch->n > 0)
+		chat_debug_notify();
 	if (quiet || chat_event_queue_full())
 		pg_atomic_fetch_add_u64(&chat_slot->counters.unnotified, batch->n);
 	else
@@ -657,6 +668,20 @@ fail_stream(ChatStream *s, const ErrorData *edata)
 	mark_dirty(s);
 }
 
+/* Says, once, that the notification queue is full. */
+static void
+warn_queue_full(void)
+{
+	static bool warned = false;
+
+	if (!warned)
+		ereport(WARNING,
+				(errmsg("the notification queue is full"),
+				 errdetail("Events are stored without a notification."),
+				 errhint("Look for a session that listens and stays in a transaction: SELECT * FROM pg_stat_activity WHERE state LIKE 'idle in%%'.")));
+	warned = true;
+}
+
 /*
  * Runs one of the two transactions of a flush; when it fails, without
  * notifications or stream by stream.  False: the system refuses, try later.
@@ -669,14 +694,7 @@ flush_some(Flush *f, const char *activity, bool durable,
 
 	if (edata && is_queue_full(edata) && !f->quiet)
 	{
-		static bool warned = false;
-
-		if (!warned)
-			ereport(WARNING,
-					(errmsg("the notification queue is full"),
-					 errdetail("Events are stored without a notification."),
-					 errhint("Look for a session that listens and stays in a transaction: SELECT * FROM pg_stat_activity WHERE state LIKE 'idle in%%'.")));
-		warned = true;
+		warn_queue_full();
 		f->quiet = true;
 		edata = try_transaction(activity, durable, work, f);
 	}
@@ -783,6 +801,7 @@ next_flush(void)
 typedef struct Claim
 {
 	ChatClaim	wish;
+	bool		quiet;			/* without notifications */
 	int			n;
 	ChatStream **streams;
 	ChatQueueRest rest;
@@ -873,6 +892,31 @@ log_start(ChatStream *s)
 	chat_event_add(&s->log, s->context, "{\"type\":\"start-step\"}");
 }
 
+/* True if a job has crashed its worker too often. */
+static bool
+is_poisoned(const ChatJob *job)
+{
+	return job->blamed >= max_crashes;
+}
+
+/* Puts the poisoned jobs last; returns how many others there are. */
+static int
+sort_jobs(ChatJob *jobs, int n)
+{
+	int			sound = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		ChatJob		job = jobs[i];
+
+		if (is_poisoned(&job))
+			continue;
+		jobs[i] = jobs[sound];
+		jobs[sound++] = job;
+	}
+	return sound;
+}
+
 /* Makes the streams of the jobs that were claimed. */
 static void
 make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
@@ -883,18 +927,24 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
 
 		c->streams[i] = s;
 		log_start(s);
-		if (claim_mode == CLAIM_BARE)
+		if (is_poisoned(&jobs[i]))
+			chat_stream_poisoned(s);
+		else if (claim_mode == CLAIM_BARE)
 			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
 							 "the queued message could not be stored");
 		else if (jobs[i].cancel)
 			chat_stream_cancel(s);
 		else
 		{
+			chat_blame_on(jobs[i].id);
 			chat_context_repair(&contexts[i]);
 			chat_context_close(&jobs[i], &contexts[i]);
 			prepare(s, &jobs[i], &contexts[i], tools[i]);
+			if (s->request)
+				chat_debug_crash("request", s->request, s->request_len);
 		}
 	}
+	chat_blame_on(0);
 }
 
 /* Compares two owners. */
@@ -935,7 +985,8 @@ count_owners(ChatClaim *wish)
 static void
 plan_wish(ChatClaim *wish)
 {
-	int			most = enabled ? Min(limit - nstreams, MAX_CLAIM) : 0;
+	int			most = enabled && same_version
+	? Min(limit - nstreams, MAX_CLAIM) : 0;
 	ChatRoom	room;
 
 	wish->holder = identity;
@@ -964,6 +1015,7 @@ claim_work(void *arg)
 	ChatContext *contexts;
 	char	  **tools;
 	ChatEventBatch batch = {0};
+	int			sound;
 	int			n;
 
 	plan_wish(&c->wish);
@@ -972,19 +1024,23 @@ claim_work(void *arg)
 		return;
 	c->streams = MemoryContextAllocZero(tick_context, sizeof(ChatStream *) * n);
 	c->seqs = MemoryContextAlloc(tick_context, sizeof(int64) * n);
-	contexts = palloc(sizeof(ChatContext) * n);
-	tools = palloc(sizeof(char *) * n);
-	chat_context_load(jobs, n, contexts);
+	contexts = palloc0(sizeof(ChatContext) * n);
+	tools = palloc0(sizeof(char *) * n);
+	sound = sort_jobs(jobs, n);
+	if (sound > 0)
+	{
+		chat_context_load(jobs, sound, contexts);
+		chat_registry_load(jobs, sound, tools);
+	}
 	c->n = n;
-	chat_registry_load(jobs, n, tools);
-	chat_title_queue(jobs, n);
+	chat_title_queue(jobs, sound);
 	make_streams(c, jobs, contexts, tools);
 	record_prompts(c);
 	for (int i = 0; i < n; i++)
 		c->seqs[i] = chat_event_collect(&batch, &c->streams[i]->target,
 										c->streams[i]->seq,
 										&c->streams[i]->log);
-	write_events(&batch, false);
+	write_events(&batch, c->quiet);
 }
 
 /* Sends the request of a stream whose claim is committed. */
@@ -1048,7 +1104,8 @@ plan_claim(const Claim *c, int64 now)
 	cancels_due = rest->cancelled && !(c->wish.cancelled && c->n == 0);
 	crowded = rest->due && (c->wish.cancelled || c->n == c->wish.limit);
 	claim_due = cancels_due ||
-		(crowded && enabled && nstreams + c->n < limit) ? 0 : NEVER;
+		(crowded && enabled && same_version &&
+		 nstreams + c->n < limit) ? 0 : NEVER;
 	/* is something locked? */
 	skipped = c->wish.cancelled ? rest->cancelled && c->n == 0
 		: rest->due && c->n < c->wish.limit;
@@ -1079,6 +1136,16 @@ plan_next(const Claim *c)
 		beat_due = now + heartbeat_interval;
 }
 
+/* Forgets what a claim that failed has made. */
+static void
+undo_claim(Claim *c)
+{
+	chat_throttle_settle();
+	for (int i = 0; i < c->n; i++)
+		if (c->streams[i])
+			chat_stream_free(c->streams[i]);
+}
+
 /* Takes jobs from the queue. */
 static void
 claim(void)
@@ -1086,6 +1153,14 @@ claim(void)
 	Claim		c = {0};
 	ErrorData  *edata = try_transaction("claim jobs", true, claim_work, &c);
 
+	if (edata && is_queue_full(edata))
+	{
+		warn_queue_full();
+		undo_claim(&c);
+		memset(&c, 0, sizeof(c));
+		c.quiet = true;
+		edata = try_transaction("claim jobs", true, claim_work, &c);
+	}
 	if (edata == NULL)
 	{
 		plan_next(&c);
@@ -1099,10 +1174,7 @@ claim(void)
 			claim_due = 0;
 		return;
 	}
-	chat_throttle_settle();
-	for (int i = 0; i < c.n; i++)
-		if (c.streams[i])
-			chat_stream_free(c.streams[i]);
+	undo_claim(&c);
 	if (!is_systemic(edata) && claim_mode != CLAIM_BARE)
 	{
 		claim_mode = claim_mode == CLAIM_BATCH ? CLAIM_SINGLE : CLAIM_BARE;
@@ -1201,6 +1273,7 @@ turn(void)
 
 	if (edata && is_queue_full(edata))
 	{
+		warn_queue_full();
 		t.quiet = true;
 		edata = try_transaction("look after tool calls", true, turn_work, &t);
 	}
@@ -1478,9 +1551,13 @@ static void
 adopt_work(void *arg)
 {
 	int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
-	int			n;
+	const int64 *jobs;
+	int			n = chat_blame_jobs(&jobs);
 
-	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live));
+	if (n > 0)
+		chat_queue_blame(jobs, n);
+	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live),
+						 max_crashes);
 	if (n > 0)
 		ereport(LOG,
 				(errmsg("chat worker takes up %d jobs whose worker is gone",
@@ -1494,6 +1571,8 @@ adopt(void)
 	adopt_due = NEVER;
 	if (try_transaction("take up jobs", true, adopt_work, NULL))
 		adopt_due = chat_stream_clock() + MAX_BACKOFF;
+	else
+		chat_blame_forget();
 	claim_due = 0;
 }
 
@@ -1587,8 +1666,10 @@ set_limit(void)
 static void
 find_extension(void *arg)
 {
-	if (OidIsValid(chat_db_extension_owner()))
-		extension = get_extension_oid("chat", true);
+	if (!OidIsValid(chat_db_extension_owner()))
+		return;
+	extension = get_extension_oid("chat", true);
+	same_version = chat_db_same_version();
 }
 
 /* Looks for the extension; without one the worker has nothing to do here. */
@@ -1629,6 +1710,7 @@ start_up(int slot)
 	require_extension();
 	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	set_limit();
+	chat_blame_start(identity);
 	set = chat_wait_event_set(3);
 	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -1657,6 +1739,7 @@ receive(void)
 		if (t->kind != CHAT_TRANSFER_STREAM)
 			continue;
 		waiting = s->first_content_at == 0;
+		chat_blame_on(s->job.id);
 		received = chat_stream_receive(s);
 		if (waiting && s->first_content_at != 0)
 			chat_throttle_answered(s);
@@ -1669,6 +1752,7 @@ receive(void)
 		if (s->transfer && s->log.text.len > MAX_PENDING)
 			chat_http_pause(s->transfer, true);
 	}
+	chat_blame_on(0);
 }
 
 /* Reads the configuration again. */
