@@ -101,6 +101,7 @@ extern void chat_db_commit(bool durable);
 extern void chat_db_abort(void);
 extern bool chat_db_standby_missing(void);
 extern Oid	chat_db_extension_owner(void);
+extern bool chat_db_same_version(void);
 extern Jsonb *chat_db_parse_json(const char *text);
 extern Datum chat_db_array(const ChatArrayKind *kind, Datum *values, int n);
 

@@ -88,7 +88,8 @@ on_object_access(ObjectAccessType access, Oid class, Oid object, int sub,
 	if (prev_access_hook)
 		prev_access_hook(access, class, object, sub, arg);
 	if (class == ExtensionRelationId &&
-		(access == OAT_POST_CREATE || access == OAT_DROP))
+		(access == OAT_POST_CREATE || access == OAT_POST_ALTER ||
+		 access == OAT_DROP))
 		chat_shmem_check_at_commit();
 }
 

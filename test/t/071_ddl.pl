@@ -222,7 +222,7 @@ $by->check($what, undisturbed => 1);
 SKIP:
 {
 	$what = 'ALTER EXTENSION UPDATE';
-	skip "$what: this server has no directory for scripts of the test", 9
+	skip "$what: this server has no directory for scripts of the test", 10
 	  unless $scripts;
 	my $version = row($node, 'SELECT extversion AS v FROM pg_extension'
 		  . " WHERE extname = 'chat'")->{v};
@@ -231,6 +231,10 @@ ALTER TABLE chat.chat_task ADD COLUMN upgraded boolean DEFAULT true;
 ALTER TABLE chat.chat_job ADD COLUMN upgraded integer DEFAULT 1;
 ALTER TABLE chat.chat_message ADD CHECK (sequence > -1);
 CREATE FUNCTION chat.upgraded() RETURNS text LANGUAGE sql AS 'SELECT ''99''';
+EOS
+	append_to_file("$scripts/chat--99.0--$version.sql", <<'EOS');
+ALTER TABLE chat.chat_task DROP COLUMN upgraded;
+ALTER TABLE chat.chat_job DROP COLUMN upgraded;
 EOS
 	$by = ChatTest::Bystander->new($node, $fake);
 	($task, $session) = start_victim();
@@ -248,6 +252,11 @@ EOS
 	ended($what, $task, 'completed', undef, 'user assistant');
 	is(text_of(stored_events($node, $task)), 't0 t1 t2 t3 t4 t5 ',
 		"$what: its events add up to the answer");
+	# T66: the library is not of that version
+	$node->wait_for_log(qr/extension "chat" has version 99\.0, its library \Q$version/, $log);
+	is(row($node, "SELECT status FROM chat.chat_task WHERE id = '$queued'")->{status},
+		'queued', "$what: T66: no job is run by another version's library");
+	$node->safe_psql('postgres', "ALTER EXTENSION chat UPDATE TO '$version'");
 	ended("$what, the turn behind", $queued, 'completed', undef,
 		'user assistant');
 	is(wait_for_worker($node), $pid, "$what: the worker goes on");
