@@ -40,7 +40,7 @@ my @turns = start_turns($primary, 5,
 my $by = ChatTest::Bystander->new($primary, $fake);
 my $behind = ask($primary, $turns[0]{session}, 'behind [[tokens=1]]');
 my $call = ask($primary, create_session($primary)->{id},
-	'call [[tool=ask_user args={} thentext=done]]');
+	'call [[tokens=3 tool=ask_user args={} thentext=done]]');
 wait_for($primary, "SELECT status = 'waiting' FROM chat.chat_tool_call"
 	  . " WHERE task_id = '$call'");
 $fake->get_json('/gate/a?wait=5');
@@ -127,6 +127,9 @@ is(wait_for_task($standby, $call)->{status}, 'completed',
 	'a turn that waited for the application completes');
 one_end($standby, $call, 'a turn that waited');
 is(messages($standby, $call), 'user assistant tool assistant', 'its messages');
+is( text_of(stored_events($standby, $call)),
+	't0 t1 t2 done',
+	'what it said before is part of its stream');
 is(row($standby, 'SELECT count(*) FROM chat.chat_job')->{count}, 0,
 	'no job is left');
 
