@@ -323,6 +323,15 @@ CREATE TABLE chat.chat_event_slot (
 );
 INSERT INTO chat.chat_event_slot VALUES (0, pg_catalog.now());
 
+-- what the administrator has told the workers: always one row
+CREATE TABLE chat.chat_control (
+	only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+	paused boolean NOT NULL DEFAULT false,
+	changed_at timestamptz,
+	changed_by regrole
+);
+INSERT INTO chat.chat_control DEFAULT VALUES;
+
 COMMENT ON TABLE chat.chat_session IS 'conversations';
 COMMENT ON COLUMN chat.chat_session.user_id IS 'user of the application; null: anonymous';
 COMMENT ON COLUMN chat.chat_session.owner IS 'database role that the session belongs to: its members see it, its keys and tools are used';
@@ -342,6 +351,7 @@ COMMENT ON TABLE chat.chat_tool_call IS 'calls of tools, each with its one resul
 COMMENT ON TABLE chat.chat_usage IS 'tokens of titles and summaries, and of the turns of deleted sessions';
 COMMENT ON TABLE chat.chat_tool_progress IS 'progress of operations that was not told yet';
 COMMENT ON TABLE chat.chat_event IS 'event streams of tasks, in the AI SDK''s UI message stream vocabulary';
+COMMENT ON TABLE chat.chat_control IS 'whether the workers of this database are paused';
 COMMENT ON TABLE chat.chat_event_slot IS 'rotation of the partitions of chat_event';
 
 --
@@ -363,6 +373,7 @@ ALTER TABLE chat.chat_usage ENABLE ROW LEVEL SECURITY;
 -- what has no policy shows nothing, whatever a DBA grants by mistake
 ALTER TABLE chat.chat_event_slot ENABLE ROW LEVEL SECURITY;
 ALTER TABLE chat.chat_tool_progress ENABLE ROW LEVEL SECURITY;
+ALTER TABLE chat.chat_control ENABLE ROW LEVEL SECURITY;
 DO $$
 BEGIN
 	FOR i IN 0 .. 7 LOOP
@@ -898,6 +909,29 @@ LANGUAGE c VOLATILE PARALLEL RESTRICTED
 AS 'MODULE_PATHNAME', 'chat_worker_status';
 COMMENT ON FUNCTION chat.worker_status() IS
 'the workers of this database and what they have counted since they started';
+
+--
+-- Administration
+--
+
+CREATE FUNCTION chat.pause() RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_pause';
+COMMENT ON FUNCTION chat.pause() IS
+'lets the workers of this database take nothing more from the queue, also after a restart; what is at work goes on; true if they were not paused';
+
+CREATE FUNCTION chat.resume() RETURNS boolean
+LANGUAGE c VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME', 'chat_resume';
+COMMENT ON FUNCTION chat.resume() IS
+'lets the workers go on; true if they were paused';
+
+CREATE PROCEDURE chat.drain(
+	timeout interval DEFAULT '60 s',
+	INOUT running bigint DEFAULT NULL)
+LANGUAGE c AS 'MODULE_PATHNAME', 'chat_drain';
+COMMENT ON PROCEDURE chat.drain(interval, bigint) IS
+'pauses, waits until nothing is at work, and returns how many jobs still are at the timeout';
 
 CREATE VIEW chat.poisoned_jobs WITH (security_invoker = true) AS
 	SELECT t.id AS task_id, t.session_id, t.server, t.finished_at AS set_aside_at,

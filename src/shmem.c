@@ -83,6 +83,7 @@ init_slot(ChatSlot *slot)
 	pg_atomic_init_u32(&slot->proc, 0);
 	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
 	pg_atomic_init_u32(&slot->rung, 0);
+	pg_atomic_init_u32(&slot->paused, 0);
 	pg_atomic_init_u32(&slot->recheck, 0);
 	pg_atomic_init_u32(&slot->strays, 0);
 	pg_atomic_init_u32(&slot->progress_due, 0);

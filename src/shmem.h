@@ -75,6 +75,7 @@ typedef struct ChatSlot
 	pg_atomic_uint32 bell_database;	/* database, for the same reader */
 	pg_atomic_uint32 rung;		/* the latch alone would not do: whatever waits
 								 * within a transaction resets it, too */
+	pg_atomic_uint32 paused;	/* the worker knows that it shall rest */
 	pg_atomic_uint32 recheck;	/* jobs were changed or deleted by others */
 	pg_atomic_uint32 strays;	/* tasks may have come without a job */
 	pg_atomic_uint32 progress_due;	/* a tool has reported progress */

@@ -409,6 +409,8 @@ CHAT_STMT(claim_call,
 		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.owner = $2"
 		  "  AND j.database = $3 AND j.run_at <= now() AND c.kind = 'sql'"
 		  "  AND ($4 IS NULL OR j.session_id = $4)"
+		  "  AND NOT EXISTS (SELECT FROM chat.chat_control AS k"
+		  "   WHERE k.paused)"
 		  " ORDER BY j.id LIMIT 1 FOR UPDATE OF j SKIP LOCKED"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"

@@ -46,6 +46,7 @@
 #include "blame.h"
 #include "compat.h"
 #include "context.h"
+#include "control.h"
 #include "db.h"
 #include "debug.h"
 #include "event.h"
@@ -94,6 +95,7 @@ static int	max_crashes = 3;
 static int	flush_interval = 10;
 static int	heartbeat_interval = 15000;
 static bool enabled = true;
+static bool paused = true;		/* until the table was read */
 
 static bool same_version = false;	/* library and extension fit */
 static MemoryContext worker_context;
@@ -328,6 +330,7 @@ typedef struct HeldJobs
 	int64	   *ids;
 	int64	   *epochs;
 	bool	   *cancels;
+	bool		paused;
 	Oid			extension;
 } HeldJobs;
 
@@ -344,6 +347,7 @@ read_held(void *arg)
 	held->extension = get_extension_oid("chat", true);
 	if (held->extension != extension)
 		return;
+	held->paused = chat_control_paused();
 	held->n = chat_queue_held(identity, &ids, &job_epochs, &cancels);
 	MemoryContextSwitchTo(tick_context);
 	held->ids = memcpy(palloc(sizeof(int64) * (held->n + 1)), ids,
@@ -395,6 +399,16 @@ find_held(const HeldJobs *held, const ChatStream *s)
 		held->epochs[low] == s->job.epoch ? low : -1;
 }
 
+/* Takes over what the table says, and lets it be known. */
+static void
+set_paused(bool now_paused)
+{
+	if (paused && !now_paused)
+		claim_due = 0;
+	paused = now_paused;
+	pg_atomic_write_u32(&chat_slot->paused, paused);
+}
+
 /* Drops the streams whose job is gone, cancels those that shall end. */
 static void
 recheck(void)
@@ -412,6 +426,7 @@ recheck(void)
 	}
 	if (held.extension != extension)
 		exit_absent();
+	set_paused(held.paused);
 	chat_httptool_keep(held.ids, held.n);
 	chat_side_keep(held.ids, held.n);
 	dlist_foreach_modify(iter, &streams)
@@ -981,12 +996,18 @@ count_owners(ChatClaim *wish)
 	}
 }
 
+/* True if the worker may take something from the queue. */
+static bool
+may_claim(void)
+{
+	return enabled && same_version && !paused;
+}
+
 /* Says what the claim takes: in a transaction, whose memory it uses. */
 static void
 plan_wish(ChatClaim *wish)
 {
-	int			most = enabled && same_version
-	? Min(limit - nstreams, MAX_CLAIM) : 0;
+	int			most = may_claim() ? Min(limit - nstreams, MAX_CLAIM) : 0;
 	ChatRoom	room;
 
 	wish->holder = identity;
@@ -1104,8 +1125,7 @@ plan_claim(const Claim *c, int64 now)
 	cancels_due = rest->cancelled && !(c->wish.cancelled && c->n == 0);
 	crowded = rest->due && (c->wish.cancelled || c->n == c->wish.limit);
 	claim_due = cancels_due ||
-		(crowded && enabled && same_version &&
-		 nstreams + c->n < limit) ? 0 : NEVER;
+		(crowded && may_claim() && nstreams + c->n < limit) ? 0 : NEVER;
 	/* is something locked? */
 	skipped = c->wish.cancelled ? rest->cancelled && c->n == 0
 		: rest->due && c->n < c->wish.limit;
@@ -1477,7 +1497,8 @@ sleep_time(void)
 
 	due = Min(due, Min(chat_retention_due(), chat_side_due()));
 	due = Min(due, Min(claim_due, rest_due));
-	if (turns_due || tools_due || (sides_due && enabled) ||
+	if (turns_due || (tools_due && !paused) ||
+		(sides_due && may_claim()) ||
 		chat_httptool_pending() || pg_atomic_read_u32(&chat_slot->rung))
 		due = now;
 	if (http >= 0)
@@ -1711,6 +1732,8 @@ start_up(int slot)
 	chat_shmem_set_exit(CHAT_EXIT_STOPPED);
 	set_limit();
 	chat_blame_start(identity);
+	/* whether it is paused, before it claims */
+	pg_atomic_write_u32(&chat_slot->recheck, 1);
 	set = chat_wait_event_set(3);
 	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -1809,11 +1832,11 @@ chat_worker_main(Datum slot)
 			retire();
 		if (chat_tool_orphans())
 			adopt();
-		if (tools_due)
+		if (tools_due && !paused)
 			run_tools();
 		if (chat_httptool_pending())
 			store_http();
-		if (sides_due && enabled)
+		if (sides_due && may_claim())
 			run_sides();
 		if (chat_side_due() <= now)
 			store_sides();
