@@ -191,14 +191,23 @@ CHAT_STMT(pick_turns,
 		  " FROM job WHERE t.id = job.task_id AND t.run < $4 RETURNING t.id)"
 		  " SELECT j.id, j.epoch, j.session_id, j.task_id, j.owner, j.cancel,"
 		  "  j.last_seq, j.channel::text, GREATEST(t.run, $4), t.run < $4,"
-		  "  t.slot, t.steps, t.detached, t.status,"
-		  "  EXISTS (SELECT FROM chat.chat_task AS r"
-		  "   WHERE r.session_id = j.session_id AND r.id <> j.task_id"
-		  "   AND (r.status = 'running'"
-		  "    OR r.status = 'waiting' AND NOT r.detached))"
+		  "  t.slot, t.steps, t.detached, t.status"
 		  " FROM job AS j JOIN chat.chat_task AS t ON t.id = j.task_id"
 		  " ORDER BY j.id",
 		  INT8OID, OIDOID, INT4OID, INT4OID);
+
+/*
+ * $1 sessions, locked, $2 tasks: those whose session another task has.  A
+ * statement of its own: its snapshot is taken when the locks are held.
+ */
+CHAT_STMT(find_busy,
+		  "SELECT w.n::int FROM ROWS FROM (unnest($1), unnest($2))"
+		  "  WITH ORDINALITY AS w (session, task, n)"
+		  " WHERE EXISTS (SELECT FROM chat.chat_task AS r"
+		  "  WHERE r.session_id = w.session AND r.id <> w.task"
+		  "   AND (r.status = 'running'"
+		  "    OR r.status = 'waiting' AND NOT r.detached))",
+		  UUIDARRAYOID, UUIDARRAYOID);
 
 /* $1 tasks, $2 their steps */
 CHAT_STMT(load_calls,
@@ -841,7 +850,6 @@ read_turn(Turn *t, uint64 row)
 		: chat_db_int64(row, 7, 0);
 	t->steps = chat_db_int32(row, 12, 0);
 	t->detached = chat_db_bool(row, 13);
-	t->busy = chat_db_bool(row, 15);
 	t->target.task = t->job.task;
 	strlcpy(t->target.task_text, uuid_text(&t->job.task),
 			sizeof(t->target.task_text));
@@ -874,7 +882,7 @@ read_call(Call *c, uint64 row)
 
 static void tell_progress(Turn *turns, int nturns, int ncalls);
 
-/* Reads the calls of the turns' steps. */
+/* Reads which sessions are taken, and the calls of the turns' steps. */
 static void
 load(Turn *turns, int n)
 {
@@ -883,6 +891,12 @@ load(Turn *turns, int n)
 	int			at = 0;
 	uint64		rows;
 
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&turns[i].job.session));
+	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&turns[i].job.task));
+	rows = chat_db_exec(&find_busy, params, NULL);
+	for (uint64 row = 0; row < rows; row++)
+		turns[chat_db_int32(row, 1, 0) - 1].busy = true;
+	at = 0;
 	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&turns[i].job.task));
 	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(turns[i].steps));
 	rows = chat_db_exec(&load_calls, params, NULL);

@@ -57,8 +57,11 @@ my $key = 0;
 # Starts the cluster, the endpoint and the tools.
 sub set_up
 {
+	my $workers = any(1, 1, 2);
+
 	$fake = start_fake();
-	$node = chat_cluster('chaos', conf => <<'EOS');
+	$node = chat_cluster('chaos', conf => <<"EOS");
+chat.workers = $workers
 restart_after_crash = on
 wal_writer_delay = 2s
 chat.retry_base_delay = 20ms
@@ -211,7 +214,7 @@ EOS
 # ---------------------------------------------------------------- listeners
 
 # Notes what a listener was told.
-sub note
+sub hear
 {
 	my ($line) = @_;
 	my (undef, $payload) = split /\t/, $line, 2;
@@ -240,7 +243,7 @@ sub listen_all
 			my $go_on = eval {
 				while (defined(my $line = $listeners[$i]->line(0)))
 				{
-					note($line);
+					hear($line);
 				}
 				1;
 			};
