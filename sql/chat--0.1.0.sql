@@ -120,6 +120,9 @@ CREATE UNIQUE INDEX chat_task_running_idx ON chat.chat_task (session_id)
 	WHERE status = 'running';
 CREATE INDEX chat_task_queued_idx ON chat.chat_task (session_id, place)
 	WHERE status = 'queued';
+-- those that wait and have the session
+CREATE INDEX chat_task_waiting_idx ON chat.chat_task (session_id)
+	WHERE status = 'waiting' AND NOT detached;
 CREATE UNIQUE INDEX chat_task_message_idx
 	ON chat.chat_task (session_id, message_id);
 

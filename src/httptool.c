@@ -37,6 +37,9 @@
 #define MAX_RESULT (16 * 1024 * 1024)
 /* of an error body this much is told */
 #define MAX_TOLD 500
+/* delays before a result is stored whose task is locked, in ms */
+#define MIN_BACKOFF 10
+#define MAX_BACKOFF 1000
 #define DEFAULT_RETRIES 2
 
 typedef struct HttpCall
@@ -66,6 +69,9 @@ typedef struct HttpCall
 	bool		failed;
 	TimestampTz retry_at;		/* 0 = no retry */
 	char	   *result;
+	bool		stored;			/* in the transaction that is under way */
+	int			store_tries;	/* that found the task locked */
+	int64		store_at;		/* not before this time */
 } HttpCall;
 
 static dlist_head calls = DLIST_STATIC_INIT(calls);	/* under way */
@@ -99,6 +105,21 @@ CHAT_STMT(claim_http,
 		  " LEFT JOIN chat.chat_tool AS t ON t.id = c.tool_id AND t.enabled"
 		  " ORDER BY j.id",
 		  INT8OID, INT4OID, OIDOID);
+
+/*
+ * $1 session, $2 task: the first lock of all who end a call.  Nobody is
+ * waited for: an application may hold the job for long.
+ */
+CHAT_STMT(lock_parked,
+		  "SELECT id FROM chat.chat_job WHERE session_id = $1 AND task_id = $2"
+		  " AND kind = 'completion' FOR UPDATE SKIP LOCKED",
+		  UUIDOID, UUIDOID);
+
+/* the same without the lock */
+CHAT_STMT(find_parked,
+		  "SELECT id FROM chat.chat_job WHERE session_id = $1 AND task_id = $2"
+		  " AND kind = 'completion'",
+		  UUIDOID, UUIDOID);
 
 /*
  * $1 job, $2 epoch, $3 holder, $4 operation, $5 accepted, $6 status,
@@ -471,15 +492,38 @@ chat_httptool_check_time(int64 now)
 	return due;
 }
 
-/* True if results wait to be stored. */
-bool
-chat_httptool_pending(void)
+/* Returns when results are to be stored, PG_INT64_MAX if there are none. */
+int64
+chat_httptool_due(void)
 {
-	return npending > 0;
+	int64		due = PG_INT64_MAX;
+	dlist_iter	iter;
+
+	if (npending == 0)
+		return due;
+	dlist_foreach(iter, &calls)
+	{
+		HttpCall   *c = dlist_container(HttpCall, node, iter.cur);
+
+		if (c->ended)
+			due = Min(due, c->store_at);
+	}
+	return due;
 }
 
-/* Stores one result. */
-static void
+/* True if somebody else holds the job of a call's task. */
+static bool
+is_held(const HttpCall *c)
+{
+	Datum		values[2] = {UUIDPGetDatum(&c->session),
+	UUIDPGetDatum(&c->task)};
+
+	return chat_db_exec(&lock_parked, values, NULL) == 0 &&
+		chat_db_exec(&find_parked, values, NULL) > 0;
+}
+
+/* Stores one result; false if that has to wait. */
+static bool
 store(int64 holder, const HttpCall *c)
 {
 	Datum		values[10];
@@ -491,8 +535,10 @@ store(int64 holder, const HttpCall *c)
 	{
 		values[3] = TimestampTzGetDatum(c->retry_at);
 		chat_db_exec(&retry_http, values, NULL);
-		return;
+		return true;
 	}
+	if (is_held(c))
+		return false;
 	values[3] = UUIDPGetDatum(&c->operation);
 	values[4] = BoolGetDatum(c->accepted);
 	values[5] = CStringGetTextDatum(c->failed ? "failed" : "completed");
@@ -501,27 +547,38 @@ store(int64 holder, const HttpCall *c)
 	values[8] = UUIDPGetDatum(&c->session);
 	values[9] = UUIDPGetDatum(&c->task);
 	chat_db_exec(&store_http, values, NULL);
+	return true;
 }
 
-/* Stores the results. */
+/* Stores the results that are due. */
 void
 chat_httptool_store(int64 holder)
 {
+	int64		now = chat_stream_clock();
 	dlist_iter	iter;
 
 	dlist_foreach(iter, &calls)
 	{
 		HttpCall   *c = dlist_container(HttpCall, node, iter.cur);
 
-		if (c->ended)
-			store(holder, c);
+		c->stored = false;
+		if (!c->ended || c->store_at > now)
+			continue;
+		c->stored = store(holder, c);
+		if (!c->stored)
+			c->store_at = now + Min(MIN_BACKOFF << Min(c->store_tries++, 10),
+									MAX_BACKOFF);
 	}
 }
 
-/* Forgets the calls whose results are stored. */
+/*
+ * Forgets the calls whose results are stored; those that were not, because
+ * the transaction failed, are tried again after delay ms.
+ */
 void
-chat_httptool_stored(void)
+chat_httptool_stored(bool committed, int delay)
 {
+	int64		now = chat_stream_clock();
 	dlist_mutable_iter iter;
 
 	dlist_foreach_modify(iter, &calls)
@@ -530,10 +587,15 @@ chat_httptool_stored(void)
 
 		if (!c->ended)
 			continue;
-		dlist_delete(&c->node);
-		free_call(c);
+		if (!committed)
+			c->store_at = Max(c->store_at, now + delay);
+		else if (c->stored)
+		{
+			npending--;
+			dlist_delete(&c->node);
+			free_call(c);
+		}
 	}
-	npending = 0;
 }
 
 /* Ends the requests whose jobs are gone. */

@@ -21,12 +21,18 @@ extern bool chat_httptool_receive(ChatTransfer *transfer);
 /* Fails what takes too long; returns when to look again (worker's clock). */
 extern int64 chat_httptool_check_time(int64 now);
 
-/* True if results wait to be stored. */
-extern bool chat_httptool_pending(void);
+/*
+ * Returns when results are to be stored (worker's clock), PG_INT64_MAX if
+ * there are none.
+ */
+extern int64 chat_httptool_due(void);
 
-/* In a transaction: stores the results; after its commit: forgets them. */
+/*
+ * In a transaction: stores the results that are due; after its commit: forgets
+ * those that were; after a failure: tries again in delay ms.
+ */
 extern void chat_httptool_store(int64 holder);
-extern void chat_httptool_stored(void);
+extern void chat_httptool_stored(bool committed, int delay);
 
 /* Ends the requests whose jobs are not among ids any more. */
 extern void chat_httptool_keep(const int64 *ids, int n);

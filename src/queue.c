@@ -31,7 +31,10 @@
 	" AND j.database = " db " AND j.run_at <= now()" \
 	" AND NOT EXISTS (SELECT FROM chat.chat_task AS r" \
 	"  WHERE r.session_id = j.session_id AND r.status = 'running'" \
-	"   AND r.id <> j.task_id)"
+	"   AND r.id <> j.task_id)" \
+	" AND NOT EXISTS (SELECT FROM chat.chat_task AS w" \
+	"  WHERE w.session_id = j.session_id AND w.status = 'waiting'" \
+	"   AND NOT w.detached AND w.id <> j.task_id)"
 
 /*
  * Of which servers and owners there are jobs: the index is entered once for
@@ -277,14 +280,19 @@ CHAT_STMT(finish_jobs,
 		  "), next AS ("
 		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
 		  "  owner, database, cancel)"
-		  " SELECT 'completion', ok.session, q.id, q.server, ok.owner, $2,"
+		  " SELECT 'completion', f.session, q.id, q.server, f.owner, $2,"
 		  "  q.superseded IS NOT NULL"
-		  " FROM ok CROSS JOIN LATERAL (SELECT t.* FROM chat.chat_task AS t"
-		  "  WHERE t.session_id = ok.session AND t.status = 'queued'"
+		  " FROM (SELECT DISTINCT session, owner FROM ok) AS f"
+		  " CROSS JOIN LATERAL (SELECT t.* FROM chat.chat_task AS t"
+		  "  WHERE t.session_id = f.session AND t.status = 'queued'"
 		  "  ORDER BY t.place LIMIT 1) AS q"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
-		  "  WHERE o.session_id = ok.session AND o.task_id = q.id"
-		  "   AND o.kind = 'completion'))"
+		  "  WHERE o.session_id = f.session AND o.task_id = q.id"
+		  "   AND o.kind = 'completion')"
+		  /* a task that was detached ends while another has the session */
+		  " AND NOT EXISTS (SELECT FROM chat.chat_task AS b"
+		  "  WHERE b.session_id = f.session AND b.status = 'waiting'"
+		  "   AND NOT b.detached AND b.id NOT IN (SELECT task FROM ok)))"
 		  " SELECT job FROM ok",
 		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, UUIDARRAYOID,
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,

@@ -12,7 +12,8 @@
  * statement that writes one asks for ended_at IS NULL.
  *
  * A task all of whose open calls are long operations is detached: it leaves
- * the session to other tasks, and takes it back when it is free.
+ * the session to other tasks, and takes it back when it is free.  Whoever
+ * leaves a session, by its end or detached, makes those due that wait for it.
  */
 #include "postgres.h"
 
@@ -30,8 +31,7 @@
 #include "shmem.h"
 #include "turn.h"
 
-/* tasks of one transaction */
-#define MAX_TURNS 256
+#define TURN_FAILED "the results of the task's tools could not be handled"
 
 static int	max_steps = 10;
 static int	max_tool_calls = 32;
@@ -209,10 +209,11 @@ CHAT_STMT(find_busy,
 		  "    OR r.status = 'waiting' AND NOT r.detached))",
 		  UUIDARRAYOID, UUIDARRAYOID);
 
-/* $1 tasks, $2 their steps */
+/* $1 tasks, $2 their steps, $3 characters of a result that are looked at */
 CHAT_STMT(load_calls,
 		  "SELECT w.n::int, c.operation_id, c.call_id, c.name, c.kind,"
-		  " c.status, c.result, c.long_running, c.announced, c.delivered,"
+		  " c.status, left(c.result, $3), c.long_running, c.announced,"
+		  " c.delivered,"
 		  " c.sequence, c.deadline, COALESCE(c.input::text, '{}'),"
 		  " c.arguments, length(c.result)"
 		  " FROM ROWS FROM (unnest($1), unnest($2))"
@@ -220,7 +221,20 @@ CHAT_STMT(load_calls,
 		  " JOIN chat.chat_tool_call AS c ON c.task_id = w.task"
 		  "  AND c.step = w.step"
 		  " ORDER BY w.n, c.position",
-		  UUIDARRAYOID, INT4ARRAYOID);
+		  UUIDARRAYOID, INT4ARRAYOID, INT4OID);
+
+/* $1 task: its calls end without having been looked at */
+CHAT_STMT(abandon_calls,
+		  "WITH call AS ("
+		  " UPDATE chat.chat_tool_call AS c SET status = 'failed',"
+		  "  ended_at = now(), result = json_build_object('type', 'error',"
+		  "   'message', '" TURN_FAILED "', 'code', 'internal')::text"
+		  " WHERE c.task_id = $1 AND c.ended_at IS NULL"
+		  " RETURNING c.operation_id, c.session_id)"
+		  " DELETE FROM chat.chat_job AS j USING call"
+		  " WHERE j.session_id = call.session_id AND j.kind = 'tool'"
+		  "  AND j.operation_id = call.operation_id",
+		  UUIDOID);
 
 /* $1 operations: takes what was reported of them from outside */
 CHAT_STMT(take_progress,
@@ -273,7 +287,8 @@ CHAT_STMT(update_calls,
  * $1 holder, $2 database, arrays: $3 job, $4 epoch, $5 parked, $6 run at,
  * $7 last seq, $8 status of the task, $9 detached
  *
- * A task that leaves its session free makes the next one ready.
+ * A task that leaves its session free makes the next one ready, and due those
+ * that were done and found it taken.
  */
 CHAT_STMT(leave_turns,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM (unnest($3),"
@@ -292,17 +307,29 @@ CHAT_STMT(leave_turns,
 		  "  detached = job.detached,"
 		  "  answer_id = CASE WHEN job.parked THEN t.answer_id"
 		  "   ELSE gen_random_uuid() END"
-		  " FROM job WHERE t.id = job.task_id)"
+		  " FROM job WHERE t.id = job.task_id"
+		  "), rung AS ("
+		  " UPDATE chat.chat_job AS p SET run_at = '-infinity'"
+		  " FROM job JOIN chat.chat_task AS o ON o.id = job.task_id"
+		  " WHERE job.detached AND NOT o.detached"
+		  "  AND p.session_id = job.session_id AND p.parked"
+		  "  AND p.holder IS NULL)"
 		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
 		  "  owner, database, cancel)"
-		  " SELECT DISTINCT 'completion', job.session_id, q.id, q.server, job.owner,"
+		  " SELECT 'completion', f.session_id, q.id, q.server, f.owner,"
 		  "  $2, q.superseded IS NOT NULL"
-		  " FROM job CROSS JOIN LATERAL (SELECT t.* FROM chat.chat_task AS t"
-		  "  WHERE t.session_id = job.session_id AND t.status = 'queued'"
+		  " FROM (SELECT DISTINCT session_id, owner FROM job WHERE detached)"
+		  "  AS f CROSS JOIN LATERAL (SELECT t.* FROM chat.chat_task AS t"
+		  "  WHERE t.session_id = f.session_id AND t.status = 'queued'"
 		  "  ORDER BY t.place LIMIT 1) AS q"
-		  " WHERE job.detached AND NOT EXISTS (SELECT FROM chat.chat_job AS o"
-		  "  WHERE o.session_id = job.session_id AND o.task_id = q.id"
-		  "   AND o.kind = 'completion')",
+		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
+		  "  WHERE o.session_id = f.session_id AND o.task_id = q.id"
+		  "   AND o.kind = 'completion')"
+		  " AND NOT EXISTS (SELECT FROM chat.chat_task AS b"
+		  "  WHERE b.session_id = f.session_id AND (b.status = 'running'"
+		  "   OR b.status = 'waiting' AND NOT b.detached)"
+		  "   AND b.id NOT IN (SELECT k.task_id FROM job AS k"
+		  "    WHERE k.detached))",
 		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, BOOLARRAYOID,
 		  TIMESTAMPTZARRAYOID, INT8ARRAYOID, TEXTARRAYOID, BOOLARRAYOID);
 
@@ -365,6 +392,8 @@ typedef struct Turn
 	bool		new_run;
 	int			steps;
 	bool		busy;			/* another task has the session */
+	bool		holds;			/* this one had it before the turn */
+	bool		meets_holder;	/* so had another of this batch */
 	int			ncalls;
 	Call	   *calls;
 	ChatEventTarget target;
@@ -723,9 +752,9 @@ next_step(Turn *t)
 	}
 	if (t->busy)
 	{
-		/* whoever ends the other task makes this one due */
+		/* whoever leaves the session makes this one due, unless it was now */
 		t->parked = true;
-		t->run_at = DT_NOEND;
+		t->run_at = t->meets_holder ? DT_NOBEGIN : DT_NOEND;
 		t->status = "waiting";
 		t->detached = true;
 		return;
@@ -850,6 +879,7 @@ read_turn(Turn *t, uint64 row)
 		: chat_db_int64(row, 7, 0);
 	t->steps = chat_db_int32(row, 12, 0);
 	t->detached = chat_db_bool(row, 13);
+	t->holds = !t->detached;
 	t->target.task = t->job.task;
 	strlcpy(t->target.task_text, uuid_text(&t->job.task),
 			sizeof(t->target.task_text));
@@ -887,7 +917,7 @@ static void
 load(Turn *turns, int n)
 {
 	Datum	   *values = palloc(sizeof(Datum) * n);
-	Datum		params[2];
+	Datum		params[3];
 	int			at = 0;
 	uint64		rows;
 
@@ -899,6 +929,7 @@ load(Turn *turns, int n)
 	at = 0;
 	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&turns[i].job.task));
 	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(turns[i].steps));
+	params[at++] = Int32GetDatum(max_tool_output_length);
 	rows = chat_db_exec(&load_calls, params, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -1063,21 +1094,51 @@ write_turns(int64 holder, Turn *turns, int n, ChatEventBatch *batch)
 	finish_tasks(holder, ends, nends);
 }
 
-/* True if an earlier turn of the batch lets its task have the session. */
-static bool
-session_is_taken(const Turn *turns, int i)
+/*
+ * Notes what the other turns of the batch do to the session of one: the
+ * statement that picked them shows it as it was before all of them.
+ */
+static void
+look_at_others(Turn *turns, int n, int i)
 {
-	for (int k = 0; k < i; k++)
-		if (turns[k].status && strcmp(turns[k].status, "running") == 0 &&
-			memcmp(&turns[k].job.session, &turns[i].job.session,
-				   UUID_LEN) == 0)
-			return true;
-	return false;
+	Turn	   *t = &turns[i];
+
+	for (int k = 0; k < n; k++)
+	{
+		const Turn *o = &turns[k];
+
+		if (k == i ||
+			memcmp(&o->job.session, &t->job.session, UUID_LEN) != 0)
+			continue;
+		t->meets_holder |= o->holds;
+		/* it went on before us */
+		t->busy |= k < i && o->end == NULL && !o->detached;
+	}
+}
+
+/* Ends a task whose turn failed. */
+static void
+fail_turn(Turn *t)
+{
+	Datum		values[1] = {UUIDPGetDatum(&t->job.task)};
+	MemoryContext old = CurrentMemoryContext;
+
+	chat_db_exec(&abandon_calls, values, NULL);
+	MemoryContextSwitchTo(old);
+	if (t->new_run)
+		chat_event_add(&t->log, CurrentMemoryContext,
+					   "{\"type\":\"reset-step\"}");
+	end_task(t, CHAT_END_FAILED,
+			 "{\"code\":\"endpoint_error\",\"retryable\":false,\"message\":\"" TURN_FAILED "\"}",
+			 "{\"type\":\"error\",\"errorText\":\"" TURN_FAILED "\",\"code\":\"endpoint_error\"}");
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   "{\"type\":\"finish\",\"finishReason\":\"error\"}");
 }
 
 /* Gives the due parked tasks their turn. */
 int
-chat_turn_run(int64 holder, ChatEventBatch *batch, pg_uuid_t **tasks)
+chat_turn_run(int64 holder, int most, bool bare, ChatEventBatch *batch,
+			  pg_uuid_t **tasks)
 {
 	Datum		values[4];
 	TimestampTz now = GetCurrentTimestamp();
@@ -1086,7 +1147,7 @@ chat_turn_run(int64 holder, ChatEventBatch *batch, pg_uuid_t **tasks)
 
 	values[0] = Int64GetDatum(holder);
 	values[1] = ObjectIdGetDatum(MyDatabaseId);
-	values[2] = Int32GetDatum(MAX_TURNS);
+	values[2] = Int32GetDatum(most);
 	values[3] = Int32GetDatum(chat_queue_first_run());
 	n = (int) chat_db_exec(&pick_turns, values, NULL);
 	if (n == 0)
@@ -1098,13 +1159,18 @@ chat_turn_run(int64 holder, ChatEventBatch *batch, pg_uuid_t **tasks)
 		read_turn(&turns[i], i);
 		(*tasks)[i] = turns[i].job.task;
 	}
-	load(turns, n);
+	if (!bare)
+		load(turns, n);
 	for (int i = 0; i < n; i++)
 	{
-		turns[i].busy |= session_is_taken(turns, i);
-		take_turn(&turns[i], now);
+		look_at_others(turns, n, i);
+		if (bare)
+			fail_turn(&turns[i]);
+		else
+			take_turn(&turns[i], now);
 	}
-	write_calls(turns, n);
+	if (!bare)
+		write_calls(turns, n);
 	write_turns(holder, turns, n, batch);
 	return n;
 }

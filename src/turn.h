@@ -32,11 +32,12 @@ extern void chat_turn_seal(int64 holder, ChatEnd **ends,
 						   const int64 *seqs, int n);
 
 /*
- * Gives the due parked tasks their turn; events go into the batch.  Returns
- * how many tasks moved; their ids are in *tasks.
+ * Gives up to most of the due parked tasks their turn; events go into the
+ * batch.  Returns how many tasks moved; their ids are in *tasks.  bare = they
+ * fail, and nothing is read of their calls: for one whose turn failed.
  */
-extern int	chat_turn_run(int64 holder, ChatEventBatch *batch,
-						  pg_uuid_t **tasks);
+extern int	chat_turn_run(int64 holder, int most, bool bare,
+						  ChatEventBatch *batch, pg_uuid_t **tasks);
 
 /* Notifies a heartbeat for each task whose tools run. */
 extern void chat_turn_heartbeat(void);

@@ -72,6 +72,8 @@
 #define MAX_SIDES 32
 /* ends of one transaction */
 #define MAX_ENDS 1000
+/* parked tasks of one transaction */
+#define MAX_TURNS 256
 /* unflushed bytes of a stream beyond which its transfer is paused */
 #define MAX_PENDING (256 * 1024)
 /* descriptors that stay free for the server's own use */
@@ -123,6 +125,9 @@ static ClaimMode claim_mode = CLAIM_BATCH;
 static bool crowded = false;	/* jobs wait for room: take them in turns */
 static bool cancels_due = false;	/* unclaimed jobs that shall end */
 static bool turns_due = false;	/* parked tasks have something to do */
+static int64 turns_retry = 0;	/* those that are due are locked: not before */
+static int	turns_backoff = 0;
+static ClaimMode turn_mode = CLAIM_BATCH;
 static bool tools_due = false;	/* tool jobs may be ready */
 static bool sides_due = false;	/* title and summary jobs may be ready */
 static int64 beat_due = NEVER;	/* heartbeat */
@@ -580,6 +585,9 @@ write_ends(void *arg)
 		chat_turn_park(identity, lists.steps, lists.nsteps);
 	if (lists.nbacks > 0)
 		chat_queue_release(identity, lists.backs, lists.nbacks);
+	/* locked by somebody, or not ours any more: recheck() tells which */
+	for (int i = 0; i < lists.nbacks; i++)
+		lists.backs[i]->missed = !lists.backs[i]->ok;
 	for (int i = 0; i < f->n; i++)
 	{
 		ChatStream *s = f->streams[i];
@@ -648,6 +656,8 @@ ends_committed(Flush *f)
 
 		if (s->end.missed)
 		{
+			if (s->end.kind >= CHAT_END_RETRY)
+				pg_atomic_write_u32(&chat_slot->recheck, 1);
 			postpone_end(s);
 			continue;
 		}
@@ -803,7 +813,8 @@ next_flush(void)
 	{
 		ChatStream *s = dlist_container(ChatStream, dirty_node, iter.cur);
 
-		if (s->log.nitems > 0 || !s->ended || s->retry_end_at == 0)
+		if (!s->ended || s->retry_end_at == 0 ||
+			(s->log.nitems > 0 && s->end.kind < CHAT_END_RETRY))
 			return pace;
 		due = Min(due, s->retry_end_at);
 	}
@@ -1147,7 +1158,11 @@ plan_next(const Claim *c)
 	int64		now = chat_stream_clock();
 
 	plan_claim(c, now);
-	turns_due = c->rest.turns;
+	turns_due = c->rest.turns && now >= turns_retry;
+	if (!c->rest.turns)
+		turns_backoff = 0;
+	else if (!turns_due)
+		rest_due = Min(rest_due, turns_retry);
 	tools_due = c->rest.tools;
 	sides_due = c->rest.sides;
 	if (!c->rest.parked && nstreams == 0 && c->n == 0)
@@ -1274,7 +1289,8 @@ turn_work(void *arg)
 	ChatEventBatch batch = {0};
 	pg_uuid_t  *tasks;
 
-	t->n = chat_turn_run(identity, &batch, &tasks);
+	t->n = chat_turn_run(identity, turn_mode == CLAIM_BATCH ? MAX_TURNS : 1,
+						 turn_mode == CLAIM_BARE, &batch, &tasks);
 	if (t->n == 0)
 		return;
 	t->tasks = memcpy(MemoryContextAlloc(tick_context,
@@ -1283,7 +1299,31 @@ turn_work(void *arg)
 	write_events(&batch, t->quiet);
 }
 
-/* Gives the due parked tasks their turn. */
+/* Plans what comes after turns of n tasks, which were all that could be had. */
+static void
+turns_committed(int n)
+{
+	if (turn_mode == CLAIM_BARE)
+		turn_mode = CLAIM_SINGLE;
+	else if (n == 0)
+		turn_mode = CLAIM_BATCH;
+	turns_due = turn_mode != CLAIM_BATCH;
+	if (n > 0)
+	{
+		turns_backoff = 0;
+		claim_due = 0;
+		return;
+	}
+	/* somebody holds what is due locked, if anything is */
+	turns_backoff = Min(Max(turns_backoff * 2, MIN_BACKOFF), MAX_BACKOFF);
+	turns_retry = chat_stream_clock() + turns_backoff;
+	rest_due = Min(rest_due, turns_retry);
+}
+
+/*
+ * Gives the due parked tasks their turn.  When that fails, they have it one by
+ * one, and the task that fails alone has failed.
+ */
 static void
 turn(void)
 {
@@ -1297,16 +1337,22 @@ turn(void)
 		t.quiet = true;
 		edata = try_transaction("look after tool calls", true, turn_work, &t);
 	}
-	turns_due = false;
-	claim_due = 0;
 	if (edata == NULL)
 	{
 		for (int i = 0; i < t.n; i++)
 			chat_shmem_publish(&t.tasks[i]);
+		turns_committed(t.n);
 		return;
 	}
-	claim_due = NEVER;
-	rest_due = Min(rest_due, chat_stream_clock() + MAX_BACKOFF);
+	turns_due = !is_systemic(edata) && turn_mode != CLAIM_BARE;
+	if (turns_due)
+	{
+		turn_mode = turn_mode == CLAIM_BATCH ? CLAIM_SINGLE : CLAIM_BARE;
+		return;
+	}
+	turn_mode = CLAIM_BATCH;
+	turns_retry = chat_stream_clock() + MAX_BACKOFF;
+	rest_due = Min(rest_due, turns_retry);
 }
 
 /* Transaction: looks what tool jobs wait. */
@@ -1334,13 +1380,11 @@ store_http_work(void *arg)
 static void
 store_http(void)
 {
-	if (try_transaction("store results of tools", true, store_http_work, NULL))
-	{
-		rest_due = Min(rest_due, chat_stream_clock() + 100);
-		return;
-	}
-	chat_httptool_stored();
-	turns_due = true;
+	bool		committed = try_transaction("store results of tools", true,
+											store_http_work, NULL) == NULL;
+
+	chat_httptool_stored(committed, 100);
+	turns_due |= committed;
 }
 
 /* Has the tools run that wait. */
@@ -1497,9 +1541,9 @@ sleep_time(void)
 
 	due = Min(due, Min(chat_retention_due(), chat_side_due()));
 	due = Min(due, Min(claim_due, rest_due));
+	due = Min(due, chat_httptool_due());
 	if (turns_due || (tools_due && !paused) ||
-		(sides_due && may_claim()) ||
-		chat_httptool_pending() || pg_atomic_read_u32(&chat_slot->rung))
+		(sides_due && may_claim()) || pg_atomic_read_u32(&chat_slot->rung))
 		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
@@ -1806,7 +1850,7 @@ chat_worker_main(Datum slot)
 		if (ConfigReloadPending)
 			reload();
 		if (pg_atomic_exchange_u32(&chat_slot->rung, 0))
-			claim_due = 0;
+			claim_due = turns_retry = 0;
 		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))
 			recheck();
 		if (pg_atomic_exchange_u32(&chat_slot->progress_due, 0))
@@ -1834,7 +1878,7 @@ chat_worker_main(Datum slot)
 			adopt();
 		if (tools_due && !paused)
 			run_tools();
-		if (chat_httptool_pending())
+		if (chat_httptool_due() <= now)
 			store_http();
 		if (sides_due && may_claim())
 			run_sides();
@@ -1848,7 +1892,7 @@ chat_worker_main(Datum slot)
 			(event.events & WL_LATCH_SET))
 		{
 			ResetLatch(MyLatch);
-			claim_due = 0;
+			claim_due = turns_retry = 0;
 		}
 	}
 }

@@ -1,0 +1,97 @@
+# P10: rows that an application keeps locked (it has cancelled a task, ended
+# an operation or renamed a session, and does not commit) hold up their own
+# task and nothing else, and the worker does not spin meanwhile.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+use ChatTest;
+use ChatTest::Crash;
+use ChatTest::Tools;
+use Test::More;
+
+my $fake = start_fake();
+my $node = tool_cluster($fake, 'chat.retry_base_delay = 1ms');
+my $worker = wait_for_worker($node);
+my $holder = session($node);
+
+$node->safe_psql('postgres', 'ALTER SERVER fake OPTIONS (SET retries \'3\')');
+$node->safe_psql('postgres',
+	q{CREATE FUNCTION app.note(what text) RETURNS text LANGUAGE sql AS $$ SELECT 'noted ' || what $$});
+register($node, 'ann', function => 'app.note');
+register($node, 'ann', kind => 'client', name => 'ask_user');
+register($node, 'ann', kind => 'http', name => 'job', server => 'services',
+	path => '/job', parameters => '{"type": "object"}');
+
+# Asserts that turns of other sessions stream and end, also those with tools.
+sub others_go_on
+{
+	my ($when) = @_;
+	my @turns = start_turns($node, 5, 'other [[tokens=3]]');
+
+	push @turns, { task => (start($node, "go [[tool=$_ args={} steps=1]]"))[1] }
+	  foreach 'note', 'job';
+	is(wait_for_task($node, $_->{task})->{status}, 'completed',
+		"$when: another ends")
+	  foreach @turns;
+	return;
+}
+
+# a cancel that is not committed, while the attempt fails and would go back
+my $session = create_session($node)->{id};
+my $task = ask($node, $session, 'try [[status=503 times=1 gatehead=h tokens=3]]');
+$fake->wait_at_gate('h');
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT chat.cancel_task('$task')");
+$fake->open_gate('h');
+others_go_on('a job that cannot go back');
+$holder->query_safe('ROLLBACK');
+$fake->open_gate('h');
+is(wait_for_task($node, $task)->{status}, 'completed',
+	'it goes back later, and the next attempt succeeds');
+
+# the same, and the cancel is committed
+$session = create_session($node)->{id};
+$task = ask($node, $session, 'try [[status=503 times=1 gatehead=h tokens=4]]');
+$fake->wait_at_gate('h');
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT chat.cancel_task('$task')");
+$fake->open_gate('h');
+others_go_on('a cancelled job that cannot go back');
+$holder->query_safe('COMMIT');
+is(wait_for_task($node, $task)->{status}, 'cancelled', 'a cancelled one ends');
+
+# the result of an HTTP tool whose task is held
+($session, $task) = start($node,
+	'go [[tool=job args=%7B%22command%22:%22gate=t%22%7D steps=1]]');
+$fake->wait_at_gate('t');
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT chat.cancel_task('$task')");
+$fake->open_gate('t');
+others_go_on('a result that cannot be stored');
+$holder->query_safe('ROLLBACK');
+is(wait_for_task($node, $task)->{status}, 'completed',
+	'it is stored later');
+
+# a parked task that is due, in a session that is locked
+($session, $task) = start($node, 'go [[tool=ask_user args={} steps=1]]');
+wait_for_calls($node, $task, 'waiting', 1);
+my ($call) = calls($node, $task);
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT chat.update_session_title('$session', 'x')");
+$node->safe_psql('postgres', "SELECT chat.complete_operation('$call->{operation_id}', '\"yes\"')");
+others_go_on('a turn that cannot be taken');
+my $commits = 'SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()';
+my $before = $node->safe_psql('postgres', $commits);
+my $after = $node->safe_psql('postgres', "SELECT pg_sleep(2); $commits");
+$after =~ s/\s//g;
+cmp_ok($after - $before, '<', 200, 'the worker does not spin meanwhile');
+$holder->query_safe('COMMIT');
+is(wait_for_task($node, $task)->{status}, 'completed', 'and is taken later');
+
+is(wait_for_worker($node), $worker, 'under one worker');
+$holder->quit;
+$node->stop;
+done_testing();
