@@ -109,10 +109,20 @@ is($turn->{answer}{metadata}{interrupted},
 	JSON::PP::true, 'T48: marked as interrupted');
 is(text_of(@{ $turn->{events} }), 't0 t1 ', 'T48: as listeners saw it');
 
-# Retry-After: the time stands in the job's row
+# Retry-After: the time stands in the job's row.  It holds for all requests to
+# the server that said so: each job here has a server of its own.
+my $servers = 0;
+
+sub own_server
+{
+	create_server($node, $fake, name => 'own' . ++$servers);
+	return;
+}
+
 sub waiting_job
 {
 	my ($after) = @_;
+	own_server();
 	my $id = create_session($node)->{id};
 	my $task = ask($node, $id,
 		"[[tokens=1 status=429 retry_after=$after times=1]]");
@@ -144,6 +154,7 @@ is($after->{attempts}, 1, 'and so do the attempts');
 is(row($node, "SELECT status FROM chat.chat_task WHERE id = '$task'")->{status},
 	'running', 'the task is not over');
 $fake->forget;
+own_server();
 my ($other) = run_turns($node, '[[tokens=1]]');
 is($other->{status}, 'completed', 'another session is answered meanwhile');
 is(scalar $fake->completions, 1, 'and nothing else was asked');
@@ -159,6 +170,7 @@ is((grep { $_->{type} eq 'reset-step' } @{ $turn->{events} }),
 # longer than five minutes fails at once and says when
 foreach my $long ('301', 'date:4000')
 {
+	own_server();
 	my ($turn) = run_turns($node, "[[status=429 retry_after=$long key=l$long.]]");
 	is($turn->{status}, 'failed', "Retry-After: $long fails");
 	is($turn->{error}{code}, 'rate_limited', '  by its code');
