@@ -261,8 +261,8 @@ reap_tools(void)
 			live++;
 			continue;
 		}
-		/* it left a call behind */
-		orphans |= slot->running;
+		/* it may have left a call behind, whatever it was doing */
+		orphans |= slot->exit == CHAT_EXIT_ERROR;
 		if (slot->claimed)
 			find_role(slot->role)->false_starts = 0;
 		else if (slot->exit == CHAT_EXIT_ERROR)
