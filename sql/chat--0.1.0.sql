@@ -46,6 +46,10 @@ CREATE TABLE chat.chat_session (
 	settings jsonb NOT NULL DEFAULT '{}'
 		CHECK (pg_catalog.jsonb_typeof(settings) = 'object'),
 	next_sequence bigint NOT NULL DEFAULT 1 CHECK (next_sequence > 0),
+	-- of the messages up to this sequence that the model still sees
+	summary text,
+	summary_sequence bigint NOT NULL DEFAULT 0 CHECK (summary_sequence >= 0),
+	summary_failed_at timestamptz,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	updated_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 ) WITH (fillfactor = 70);
@@ -106,6 +110,11 @@ CREATE TABLE chat.chat_task (
 	-- the system prompt that it used; null: the built-in one, or none
 	prompt_name text,
 	prompt_version integer,
+	-- that answered
+	model text,
+	-- tokens of the last request, and how it was made to fit
+	context_tokens bigint,
+	compaction text,
 	error jsonb,
 	-- a later message has taken its place: its messages stay, or are hidden
 	superseded text CHECK (superseded IN ('interrupt', 'rollback')),
@@ -160,6 +169,10 @@ CREATE TABLE chat.chat_job (
 	parked boolean NOT NULL DEFAULT false,
 	-- the call that a tool job runs
 	operation_id uuid,
+	-- what the task has waited for in this step; see queue.h
+	waited integer NOT NULL DEFAULT 0,
+	-- tokens of its next request: the endpoint has refused a larger one
+	shrink_to bigint,
 	-- what a title or a summary was asked for
 	input jsonb,
 	-- identity of the worker that holds it

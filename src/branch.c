@@ -79,6 +79,12 @@ CHAT_STMT(set_aside,
 		  " AND m.session_id = $1 AND m.active AND m.sequence >= $2",
 		  UUIDOID, INT8OID);
 
+/* $1 session, $2 sequence: a summary of what is set aside is none */
+CHAT_STMT(forget_summary,
+		  "UPDATE chat.chat_session AS s SET summary = NULL,"
+		  " summary_sequence = 0 WHERE s.id = $1 AND s.summary_sequence >= $2",
+		  UUIDOID, INT8OID);
+
 /* $1 session, $2 how many sequences to take */
 CHAT_STMT(touch_session,
 		  "UPDATE chat.chat_session AS s SET updated_at = now(),"
@@ -184,6 +190,7 @@ supersede(Datum *values)
 						   chat_db_text(0, 2)),
 				 errhint("Wait for its end, or call chat.cancel_task().")));
 	chat_db_exec(&set_aside, values, NULL);
+	chat_db_exec(&forget_summary, values, NULL);
 }
 
 /* regenerate: returns the task. */

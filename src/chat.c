@@ -29,6 +29,7 @@
 #include "tool.h"
 #include "turn.h"
 #include "user.h"
+#include "window.h"
 #include "worker.h"
 
 CHAT_MODULE_MAGIC;
@@ -54,6 +55,7 @@ _PG_init(void)
 	chat_user_init();
 	chat_prompt_init();
 	chat_title_init();
+	chat_window_init();
 	chat_worker_init();
 	chat_launcher_init();
 	MarkGUCPrefixReserved("chat");

@@ -28,6 +28,11 @@
 
 #define NO_RESULT "no result: the call was interrupted before it ended"
 
+/* column of the metadata in the results of our statements */
+#define CONTEXT_METADATA 11
+/* among so many messages the last request that was counted is looked for */
+#define RECENT 16
+
 static int	max_context_messages = 50;
 
 /* A row of a result, to be put in order. */
@@ -37,14 +42,14 @@ typedef struct SequencedRow
 	uint64		row;
 } SequencedRow;
 
-/* $1 sessions, $2 how many messages of each */
+/* $1 sessions, $2 how many messages of each, $3 behind which sequence */
 CHAT_STMT(load_messages,
 		  "SELECT w.n::int," CHAT_CONTEXT_COLUMNS
-		  " FROM unnest($1, $2) WITH ORDINALITY AS w (id, most, n),"
+		  " FROM unnest($1, $2, $3) WITH ORDINALITY AS w (id, most, after, n),"
 		  " LATERAL (SELECT * FROM chat.chat_message AS c"
-		  "  WHERE c.session_id = w.id AND c.active"
+		  "  WHERE c.session_id = w.id AND c.active AND c.sequence > w.after"
 		  "  ORDER BY c.sequence DESC LIMIT w.most) AS m",
-		  UUIDARRAYOID, INT8ARRAYOID);
+		  UUIDARRAYOID, INT8ARRAYOID, INT8ARRAYOID);
 
 /* $1 task, $2 step: how its calls ended, the result as the model is shown it */
 CHAT_STMT(last_results,
@@ -154,6 +159,7 @@ chat_context_row(ChatMessage *message, uint64 row, int first,
 	memset(message, 0, sizeof(*message));
 	/* one pass over the tuple instead of one for each column */
 	heap_deform_tuple(SPI_tuptable->vals[row], desc, values, nulls);
+	message->sequence = DatumGetInt64(values[first - 1]);
 	for (int i = 0; i < (int) lengthof(fields); i++)
 		*fields[i] = piece(values[first + i], nulls[first + i]);
 	read_metadata(message, &DatumGetJsonbP(values[first + 8])->root, server);
@@ -268,6 +274,45 @@ compare_sequence(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+/* Returns a number that is a member of an object, 0 if there is none. */
+static int64
+number(JsonbContainer *object, const char *name)
+{
+	char	   *text = member(object, name);
+
+	return text ? strtoll(text, NULL, 10) : 0;
+}
+
+/*
+ * Looks among the newest answers for the last request that the endpoint has
+ * counted.
+ */
+static void
+find_count(ChatContext *c, const SequencedRow *rows)
+{
+	for (int i = c->n - 1; i >= 0 && i >= c->n - RECENT; i--)
+	{
+		JsonbContainer *metadata;
+		char	   *usage;
+		bool		isnull;
+
+		if (!has_role(&c->messages[i], "assistant") ||
+			c->messages[i].foreign)
+			continue;
+		metadata = &DatumGetJsonbP(chat_db_datum(rows[i].row, CONTEXT_METADATA,
+												 &isnull))->root;
+		c->estimated = number(metadata, "prompt_estimate");
+		usage = c->estimated > 0 ? json_member(metadata, "usage") : NULL;
+		if (usage == NULL)
+			continue;
+		metadata = &parse(usage)->root;
+		if (member(metadata, "estimated") == NULL)
+			c->counted = number(metadata, "prompt_tokens");
+		if (c->counted > 0)
+			return;
+	}
+}
+
 /*
  * Reads n messages of the last result, from a row on, and puts them in order:
  * the statement brings them as its index scan does.  Returns the sequence of
@@ -288,6 +333,7 @@ read_messages(ChatContext *c, uint64 row, int n, const char *server)
 	qsort(rows, n, sizeof(SequencedRow), compare_sequence);
 	for (int i = 0; i < n; i++)
 		chat_context_row(&c->messages[i], rows[i].row, 2, server);
+	find_count(c, rows);
 	return n > 0 ? rows[0].sequence : 0;
 }
 
@@ -314,7 +360,8 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 {
 	Datum	   *ids = palloc(sizeof(Datum) * n);
 	Datum	   *most = palloc(sizeof(Datum) * n);
-	Datum		params[2];
+	Datum	   *after = palloc(sizeof(Datum) * n);
+	Datum		params[3];
 	int64	   *first = palloc0(sizeof(int64) * n);
 	int		   *counts = palloc0(sizeof(int) * n);
 	uint64		rows;
@@ -323,9 +370,11 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	{
 		ids[i] = UUIDPGetDatum(&jobs[i].session);
 		most[i] = Int64GetDatum(wanted_messages(&jobs[i]));
+		after[i] = Int64GetDatum(jobs[i].summary_sequence);
 	}
 	params[0] = chat_db_array(&chat_uuids, ids, n);
 	params[1] = chat_db_array(&chat_int8s, most, n);
+	params[2] = chat_db_array(&chat_int8s, after, n);
 	rows = chat_db_exec(&load_messages, params, NULL);
 	memset(contexts, 0, sizeof(ChatContext) * n);
 	for (uint64 row = 0; row < rows; row++)
@@ -396,13 +445,14 @@ copy_results(ChatContext *out, const ChatMessage *assistant,
 void
 chat_context_repair(ChatContext *context)
 {
-	ChatContext out = {0};
+	ChatContext out = *context;
 	int			room = context->n;
 
 	for (int i = 0; i < context->n; i++)
 		if (context->messages[i].tool_calls.data)
 			room += JsonContainerSize(&parse(pnstrdup(context->messages[i].tool_calls.data,
 													  context->messages[i].tool_calls.len))->root);
+	out.n = 0;
 	out.messages = palloc(sizeof(ChatMessage) * Max(room, 1));
 	for (int i = 0; i < context->n;)
 	{

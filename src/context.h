@@ -30,6 +30,10 @@ typedef struct ChatContext
 {
 	ChatMessage *messages;
 	int			n;
+	/* the last request of the session that the endpoint has counted: */
+	int64		counted;		/* its tokens, 0 = there is none, */
+	int64		estimated;		/* and what they were estimated at */
+	bool		summarized;		/* the first message is a summary */
 } ChatContext;
 
 /* Declares the settings of contexts. */

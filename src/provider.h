@@ -115,6 +115,7 @@ typedef struct ChatEndpointError
 /* One stored message as a request needs it. */
 typedef struct ChatMessage
 {
+	int64_t		sequence;		/* where it is stored, 0 = made up */
 	ChatStr		role;			/* one of the six of OpenAI's API */
 	ChatStr		content;		/* plain text; absent = SQL NULL */
 	ChatStr		name;

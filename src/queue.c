@@ -57,7 +57,9 @@
 /* What every claim does with the jobs that it has chosen and locked. */
 #define PICKED_COLUMNS \
 	" j.id, j.session_id, j.task_id, j.rerun, s.next_sequence," \
-	" s.channel, s.user_id, s.settings, s.title IS NULL AS untitled"
+	" s.channel, s.user_id, s.settings, s.title IS NULL AS untitled," \
+	" s.summary, s.summary_sequence, COALESCE(s.summary_failed_at" \
+	"  > now() - '5 min'::interval, false) AS summary_failed"
 
 #define TAKE_PICKED \
 	"), old AS MATERIALIZED (" \
@@ -71,7 +73,7 @@
 	"  attempts = j.attempts + 1, reset = false, rerun = false" \
 	" FROM old AS o WHERE j.id = o.id" \
 	" RETURNING j.id, j.epoch, j.owner, j.attempts, j.crashes, j.cancel," \
-	"  j.last_seq, j.blamed" \
+	"  j.last_seq, j.blamed, j.waited, j.shrink_to" \
 	"), task AS (" \
 	" UPDATE chat.chat_task AS t SET status = 'running', input = NULL," \
 	"  started_at = COALESCE(t.started_at, now())," \
@@ -80,7 +82,7 @@
 	"   ELSE t.run END" \
 	" FROM old AS o WHERE t.id = o.task_id" \
 	" RETURNING t.id, t.run, t.slot, t.answer_id, t.server, t.options," \
-	"  t.steps" \
+	"  t.steps, t.prompt_tokens + t.completion_tokens AS tokens" \
 	"), message AS (" \
 	" INSERT INTO chat.chat_message (session_id, sequence, id, role," \
 	"  content, task_id, metadata)" \
@@ -99,7 +101,9 @@
 	"  j.cancel, t.run, j.last_seq, t.slot, o.channel::text," \
 	"  t.server::text, o.user_id, (o.settings || t.options)::text," \
 	"  o.new_run, p.reset, t.steps, j.blamed," \
-	"  o.untitled AND o.input->>'role' = 'user'" \
+	"  o.untitled AND o.input->>'role' = 'user'," \
+	"  t.tokens, j.waited, j.shrink_to, o.summary, o.summary_sequence," \
+	"  o.summary_failed" \
 	" FROM old AS o JOIN job AS j ON j.id = o.id" \
 	" JOIN task AS t ON t.id = o.task_id" \
 	" JOIN chat.chat_job AS p ON p.id = o.id" \
@@ -269,6 +273,7 @@ CHAT_STMT(finish_jobs,
 		  "  steps = t.steps + (ok.usage IS NOT NULL)::int,"
 		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
 		  "  completion_tokens = t.completion_tokens + ok.completion,"
+		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
 		  "  usage = CASE WHEN t.usage IS NULL THEN ok.usage::jsonb"
 		  "   ELSE chat.add_usage(t.usage, ok.usage::jsonb) END"
 		  " FROM ok WHERE t.id = ok.task"
@@ -302,13 +307,15 @@ CHAT_STMT(finish_jobs,
 
 /*
  * $1 holder, then arrays: $2 job, $3 epoch, $4 run at, $5 reset, $6 last seq,
- * $7 attempts to give back.  Does not wait for a row that is locked: whoever
+ * $7 attempts to give back, $8 what they wait for, $9 tokens of the next
+ * request or 0.  Does not wait for a row that is locked: whoever
  * deletes a session does, and then the job is gone anyway.
  */
 CHAT_STMT(release_jobs,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
 		  "  unnest($2), unnest($3), unnest($4), unnest($5), unnest($6),"
-		  "  unnest($7)) AS u (job, epoch, run_at, reset, last_seq, refund)"
+		  "  unnest($7), unnest($8), unnest($9))"
+		  "  AS u (job, epoch, run_at, reset, last_seq, refund, waited, shrink)"
 		  "), mine AS ("
 		  " SELECT j.id FROM chat.chat_job AS j JOIN e ON e.job = j.id"
 		  "  AND e.epoch = j.epoch WHERE j.holder = $1"
@@ -317,11 +324,13 @@ CHAT_STMT(release_jobs,
 		  /* an attempt that failed while it was cancelled is not repeated */
 		  "  run_at = CASE WHEN j.cancel THEN '-infinity' ELSE e.run_at END,"
 		  "  reset = e.reset, last_seq = e.last_seq,"
-		  "  attempts = j.attempts - e.refund"
+		  "  attempts = j.attempts - e.refund, waited = j.waited | e.waited,"
+		  "  shrink_to = COALESCE(NULLIF(e.shrink, 0), j.shrink_to)"
 		  " FROM e JOIN mine ON mine.id = e.job WHERE j.id = e.job"
 		  " RETURNING j.id",
 		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, TIMESTAMPTZARRAYOID,
-		  BOOLARRAYOID, INT8ARRAYOID, INT4ARRAYOID);
+		  BOOLARRAYOID, INT8ARRAYOID, INT4ARRAYOID, INT4ARRAYOID,
+		  INT8ARRAYOID);
 
 /* $1 database, $2 identities of the living */
 CHAT_STMT(adopt_orphans,
@@ -465,6 +474,12 @@ read_job(ChatJob *job, uint64 row)
 	job->settings = chat_db_text(row, 17);
 	job->steps = chat_db_int32(row, 20, 0);
 	job->untitled = chat_db_bool(row, 22);
+	job->tokens = chat_db_int64(row, 23, 0);
+	job->waited = chat_db_int32(row, 24, 0);
+	job->shrink_to = chat_db_int64(row, 25, 0);
+	job->summary = chat_db_text(row, 26);
+	job->summary_sequence = chat_db_int64(row, 27, 0);
+	job->summary_failed = chat_db_bool(row, 28);
 	job->reset = !job->first && (new_run || chat_db_bool(row, 19));
 }
 
@@ -663,7 +678,7 @@ void
 chat_queue_release(int64 holder, ChatEnd **ends, int n)
 {
 	Datum	   *values = palloc(sizeof(Datum) * n);
-	Datum		params[7];
+	Datum		params[9];
 	int			at = 0;
 
 	params[at++] = Int64GetDatum(holder);
@@ -673,6 +688,8 @@ chat_queue_release(int64 holder, ChatEnd **ends, int n)
 	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(ends[i]->reset));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->last_seq));
 	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(ends[i]->kind == CHAT_END_GIVE_BACK));
+	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(ends[i]->waited));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->shrink_to));
 	chat_db_exec(&release_jobs, params, NULL);
 	chat_queue_mark(ends, n);
 }

@@ -13,6 +13,10 @@
 #include "utils/timestamp.h"
 #include "utils/uuid.h"
 
+/* What a job has waited for already, before its request: a set. */
+#define CHAT_WAITED_SUMMARY 1
+#define CHAT_WAITED_PROMPT 2
+
 /* A claimed job and what its session and task say. */
 typedef struct ChatJob
 {
@@ -29,6 +33,12 @@ typedef struct ChatJob
 	bool		first;			/* the task's first claim ever */
 	bool		reset;			/* listeners saw something that is void now */
 	bool		cancel;
+	int64		tokens;			/* that the task has used */
+	int			waited;			/* CHAT_WAITED_...: what for, in this step */
+	int64		shrink_to;		/* tokens that a request may have, 0 = any */
+	char	   *summary;		/* of the session, NULL = none */
+	int64		summary_sequence;	/* how far it reaches */
+	bool		summary_failed; /* a short time ago */
 	bool		untitled;		/* a user's message starts, no title yet */
 	int64		seq;			/* of the last event */
 	int16		slot;
@@ -59,6 +69,8 @@ typedef struct ChatEnd
 	TimestampTz run_at;
 	bool		reset;
 	int64		last_seq;
+	int			waited;			/* CHAT_WAITED_..., to be added */
+	int64		shrink_to;		/* tokens of the next request, 0 = as it is */
 	/* the others */
 	const char *error;			/* JSON object or NULL */
 	bool		has_message;

@@ -24,6 +24,9 @@ typedef struct ChatServer
 	char	   *base_url;		/* never NULL, may hold a query string */
 	char	   *model;
 	char	   *title_model;
+	bool		summarize;		/* what does not fit the window is summed up */
+	char	   *summary_model;
+	int			max_tokens_per_task;	/* 0 = any */
 	char	   *temperature;	/* a JSON number, as it was written */
 	char	   *top_p;			/* the same */
 	int			max_tokens;		/* 0 = not set */

@@ -251,6 +251,8 @@ static const ChatField setting_fields[] =
 	SETTING_RANGE("temperature", CHAT_FIELD_NUMBER, 0, 2),
 	SETTING_RANGE("top_p", CHAT_FIELD_NUMBER, 0, 1),
 	SETTING_RANGE("max_tokens", CHAT_FIELD_INTEGER, 1, PG_INT32_MAX),
+	SETTING_RANGE("max_tokens_per_task", CHAT_FIELD_INTEGER,
+				  1, PG_INT32_MAX),
 	SETTING("tools", CHAT_FIELD_STRINGS),
 	SETTING("tool_choice", CHAT_FIELD_CHOICE),
 	SETTING("parallel_tool_calls", CHAT_FIELD_BOOL),

@@ -20,6 +20,7 @@
 #include "db.h"
 #include "side.h"
 #include "stream.h"
+#include "summary.h"
 #include "title.h"
 
 /* longest time of a request, in ms */
@@ -35,7 +36,7 @@
 /* results that the database refuses are given up after so many tries */
 #define MAX_TRIES 10
 
-static const ChatSideType *const types[] = {&chat_title};
+static const ChatSideType *const types[] = {&chat_title, &chat_summary};
 
 static dlist_head sides = DLIST_STATIC_INIT(sides); /* under way */
 static dlist_head asked = DLIST_STATIC_INIT(asked); /* not yet committed */

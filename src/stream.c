@@ -37,6 +37,8 @@
 #define MAX_TOOL_INDEX 255
 /* a transfer's buffer larger than this is given back once it is consumed */
 #define KEEP_BUFFER 4096
+/* of a request that was too long, this much is tried next */
+#define SHRINK_PERCENT 60
 /* bytes per token where nobody counts */
 #define BYTES_PER_TOKEN 4
 
@@ -635,6 +637,10 @@ metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
 	chat_append_member(&json, "server", s->job.server);
 	chat_append_member(&json, "model", s->model);
 	chat_append_member(&json, "finish_reason", s->finish_reason);
+	/* what the next estimate of the session is corrected by */
+	if (s->window.budget > 0)
+		appendStringInfo(&json, ",\"prompt_estimate\":" INT64_FORMAT,
+						 s->window.plain);
 	if (s->reasoning.len > 0)
 		chat_append_member(&json, "reasoning", s->reasoning.data);
 	if (s->reasoning_details)
@@ -921,10 +927,29 @@ chat_stream_poisoned(ChatStream *s)
 	MemoryContextSwitchTo(old);
 }
 
+/*
+ * Sends the job back once for a smaller request, when the endpoint says that
+ * this one is too long; false if it was back already.
+ */
+static bool
+shrink(ChatStream *s)
+{
+	if (s->job.shrink_to > 0 || s->content_seen || s->ended)
+		return false;
+	s->ended = true;
+	s->failure = CHAT_ERROR_CONTEXT_LENGTH_EXCEEDED;
+	s->end.kind = CHAT_END_RETRY;
+	s->end.run_at = DT_NOBEGIN;
+	s->end.shrink_to = Max(s->prompt_estimate * SHRINK_PERCENT / 100, 1);
+	return true;
+}
+
 /* Ends an attempt by an error of the endpoint. */
 static void
 fail_endpoint(ChatStream *s, const ChatEndpointError *error)
 {
+	if (error->kind == CHAT_ERROR_CONTEXT_LENGTH_EXCEEDED && shrink(s))
+		return;
 	chat_stream_fail(s, error->kind, error->retryable, error->status,
 					 pnstrdup(error->message.data, error->message.len));
 }

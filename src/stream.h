@@ -20,6 +20,7 @@
 #include "server.h"
 #include "sse.h"
 #include "template.h"
+#include "window.h"
 
 /* One tool call of the answer, as far as it has come. */
 typedef struct ChatStreamTool
@@ -57,6 +58,8 @@ typedef struct ChatStream
 	char	   *request;		/* body, until it is sent */
 	int			request_len;
 	int64		prompt_estimate;	/* tokens */
+	ChatWindow	window;
+	bool		deferred;		/* no request now: the job goes back */
 	char	   *prompt_name;	/* of the system prompt, NULL = built-in */
 	int			prompt_version;
 	ChatTransfer *transfer;

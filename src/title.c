@@ -128,7 +128,7 @@ chat_title_init(void)
 /* ---------- asking ---------- */
 
 /* Queues titles for the sessions of a claim that need one. */
-void
+bool
 chat_title_queue(const ChatJob *jobs, int njobs)
 {
 	const ChatJob **wanted = palloc(sizeof(ChatJob *) * Max(njobs, 1));
@@ -141,12 +141,12 @@ chat_title_queue(const ChatJob *jobs, int njobs)
 		if (jobs[i].untitled && !jobs[i].cancel)
 			wanted[n++] = &jobs[i];
 	if (n == 0)
-		return;
+		return false;
 	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&wanted[i]->session));
 	CHAT_DB_COLUMN(chat_texts, CStringGetTextDatum(wanted[i]->server));
 	CHAT_DB_COLUMN(chat_oids, ObjectIdGetDatum(wanted[i]->owner));
 	params[at] = ObjectIdGetDatum(MyDatabaseId);
-	chat_db_exec(&queue_titles, params, NULL);
+	return chat_db_exec(&queue_titles, params, NULL) > 0;
 }
 
 /* generate_session_title: true if a title was asked for. */

@@ -16,7 +16,10 @@ extern const ChatSideType chat_title;
 /* Declares the settings of titles. */
 extern void chat_title_init(void);
 
-/* In a claim: queues titles for those sessions of its jobs that need one. */
-extern void chat_title_queue(const ChatJob *jobs, int n);
+/*
+ * In a claim: queues titles for those sessions of its jobs that need one;
+ * true if there are any.
+ */
+extern bool chat_title_queue(const ChatJob *jobs, int n);
 
 #endif							/* CHAT_TITLE_H */

@@ -154,6 +154,7 @@ CHAT_STMT(park_tasks,
 		  " UPDATE chat.chat_task AS t SET steps = ok.step,"
 		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
 		  "  completion_tokens = t.completion_tokens + ok.completion,"
+		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
 		  "  usage = chat.add_usage(t.usage, ok.usage::jsonb)"
 		  " FROM ok WHERE t.id = ok.task)"
 		  " SELECT job FROM ok",
@@ -297,7 +298,8 @@ CHAT_STMT(leave_turns,
 		  "  detached)"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = NULL, parked = e.parked,"
-		  "  run_at = e.run_at, last_seq = e.last_seq, attempts = 0"
+		  "  run_at = e.run_at, last_seq = e.last_seq, attempts = 0,"
+		  "  waited = 0, shrink_to = NULL"
 		  " FROM e WHERE j.id = e.job AND j.epoch = e.epoch"
 		  "  AND j.holder = $1"
 		  " RETURNING j.task_id, j.session_id, j.owner, e.status, e.detached,"

@@ -60,6 +60,7 @@
 #include "shmem.h"
 #include "side.h"
 #include "stream.h"
+#include "summary.h"
 #include "throttle.h"
 #include "title.h"
 #include "tool.h"
@@ -860,12 +861,68 @@ record_prompts(const Claim *c)
 	chat_prompt_record(tasks, names, versions, c->n);
 }
 
+/* Sends a job back to the queue before its request, to wait for something. */
+static void
+defer(ChatStream *s, int what, int delay)
+{
+	s->deferred = true;
+	s->ended = true;
+	s->end.kind = CHAT_END_GIVE_BACK;
+	s->end.waited = what;
+	s->end.run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+}
+
+/* Fails a request that its window or its budget forbids; false if it did. */
+static bool
+admit(ChatStream *s, const ChatJob *job)
+{
+	const ChatWindow *w = &s->window;
+	int64		most = chat_window_limit(job, "max_tokens_per_task",
+										 s->server->max_tokens_per_task);
+
+	if (w->frame_too_large)
+		chat_stream_fail(s, CHAT_ERROR_CONTEXT_LENGTH_EXCEEDED, false, 0,
+						 psprintf("the system prompt and the tools alone do not fit into the context window, which leaves " INT64_FORMAT " tokens",
+								  w->budget));
+	else if (most > 0 && job->tokens + w->tokens > most)
+		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0,
+						 psprintf("the task has used " INT64_FORMAT " tokens and would use " INT64_FORMAT " more, max_tokens_per_task is " INT64_FORMAT,
+								  job->tokens, w->tokens, most));
+	return !s->ended;
+}
+
+/* Builds a job's request, as far as it is made now. */
+static void
+build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
+			  const char *tools)
+{
+	ChatWindowFrame frame = {.tools = tools};
+	char	   *status;
+
+	frame.system = system_prompt(s, job);
+	chat_summary_insert(job, context);
+	chat_window_fit(job, s->server, &frame, context, &s->window);
+	s->prompt_estimate = s->window.tokens;
+	status = chat_window_status(&s->window);
+	if (status)
+		chat_event_add(&s->log, s->context, status);
+	if (!admit(s, job))
+		return;
+	if (s->window.summary_reach > 0)
+	{
+		defer(s, CHAT_WAITED_SUMMARY, CHAT_SUMMARY_WAIT);
+		return;
+	}
+	s->request = chat_context_request(job, s->server, context, frame.system,
+									  tools, &s->request_len);
+}
+
 /*
  * Reads a job's endpoint and key and builds its request.  An error of this
  * one job (server dropped, key unreadable) leaves the transaction usable.
  */
 static void
-prepare(ChatStream *s, const ChatJob *job, const ChatContext *context,
+prepare(ChatStream *s, const ChatJob *job, ChatContext *context,
 		const char *tools)
 {
 	MemoryContext old = CurrentMemoryContext;
@@ -878,10 +935,7 @@ prepare(ChatStream *s, const ChatJob *job, const ChatContext *context,
 		s->server = chat_server_load(job->server, false);
 		chat_server_check(job->server, job->owner, "any");
 		s->key = chat_server_key(s->server, job->owner);
-		s->request = chat_context_request(job, s->server, context,
-										  system_prompt(s, job), tools,
-										  &s->request_len);
-		s->prompt_estimate = s->request_len / 4;
+		build_request(s, job, context, tools);
 		MemoryContextSwitchTo(old);
 		ReleaseCurrentSubTransaction();
 	}
@@ -1038,6 +1092,46 @@ plan_wish(ChatClaim *wish)
 		count_owners(wish);
 }
 
+/* Records what the requests of a claim were made of. */
+static void
+record_windows(const Claim *c)
+{
+	pg_uuid_t  *tasks = palloc(sizeof(pg_uuid_t) * c->n);
+	const ChatWindow **windows = palloc(sizeof(ChatWindow *) * c->n);
+	int			n = 0;
+
+	for (int i = 0; i < c->n; i++)
+	{
+		if (c->streams[i]->window.budget == 0)
+			continue;
+		tasks[n] = c->streams[i]->job.task;
+		windows[n++] = &c->streams[i]->window;
+	}
+	chat_window_record(tasks, windows, n);
+}
+
+/* Gives those jobs back that have to wait, and asks for what they wait for. */
+static void
+release_deferred(const Claim *c)
+{
+	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * c->n);
+	int			n = 0;
+
+	for (int i = 0; i < c->n; i++)
+	{
+		ChatStream *s = c->streams[i];
+
+		if (!s->deferred)
+			continue;
+		s->end.last_seq = c->seqs[i];
+		ends[n++] = &s->end;
+		if (s->window.summary_reach > 0)
+			chat_summary_queue(&s->job, s->window.summary_reach);
+	}
+	if (n > 0)
+		chat_queue_release(identity, ends, n);
+}
+
 /* Transaction: claims jobs, stores their messages and opening events. */
 static void
 claim_work(void *arg)
@@ -1065,14 +1159,16 @@ claim_work(void *arg)
 		chat_registry_load(jobs, sound, tools);
 	}
 	c->n = n;
-	chat_title_queue(jobs, sound);
+	c->rest.sides |= chat_title_queue(jobs, sound);
 	make_streams(c, jobs, contexts, tools);
 	record_prompts(c);
+	record_windows(c);
 	for (int i = 0; i < n; i++)
 		c->seqs[i] = chat_event_collect(&batch, &c->streams[i]->target,
 										c->streams[i]->seq,
 										&c->streams[i]->log);
 	write_events(&batch, c->quiet);
+	release_deferred(c);
 }
 
 /* Sends the request of a stream whose claim is committed. */
@@ -1114,6 +1210,15 @@ claim_committed(Claim *c)
 
 		s->seq = c->seqs[i];
 		chat_event_clear(&s->log);
+		if (s->deferred)
+		{
+			/* what it waits for is ours to see to, and its time to know */
+			sides_due = true;
+			claim_due = 0;
+			chat_shmem_publish(&s->job.task);
+			chat_stream_free(s);
+			continue;
+		}
 		add_stream(s);
 		if (s->ended)
 			mark_dirty(s);
@@ -1269,6 +1374,8 @@ store_sides(void)
 {
 	chat_side_stored(try_transaction("store titles and summaries", true,
 									 store_sides_work, NULL) == NULL);
+	/* a turn may have waited for it */
+	claim_due = 0;
 }
 
 /* ---------- tools ---------- */

@@ -1,0 +1,54 @@
+/*
+ * window.h
+ *		What of a conversation fits into the model's context window.
+ */
+#ifndef CHAT_WINDOW_H
+#define CHAT_WINDOW_H
+
+#include "postgres.h"
+
+#include "context.h"
+#include "queue.h"
+#include "server.h"
+
+/* What stands in a request beside the messages. */
+typedef struct ChatWindowFrame
+{
+	const char *system;			/* NULL = none */
+	const char *tools;			/* JSON, NULL = none */
+} ChatWindowFrame;
+
+/* How a request was made to fit. */
+typedef struct ChatWindow
+{
+	int64		budget;			/* tokens that it may have, 0 = not known */
+	int64		plain;			/* tokens by estimate alone, */
+	int64		tokens;			/* and corrected by what was counted */
+	const char *compaction;		/* NULL, collapsed, summarized, truncated */
+	int64		summary_reach;	/* > 0: messages up to it want a summary first */
+	bool		frame_too_large;	/* there is no room for any message */
+} ChatWindow;
+
+/* Declares the settings of windows. */
+extern void chat_window_init(void);
+
+/*
+ * Makes the repaired messages of a request fit, the earlier ones first: old
+ * tool outputs are collapsed, a summary is asked for, steps are left out.
+ */
+extern void chat_window_fit(const ChatJob *job, const ChatServer *server,
+							const ChatWindowFrame *frame,
+							ChatContext *context, ChatWindow *window);
+
+/* The event that tells of it; NULL where no window is known. */
+extern char *chat_window_status(const ChatWindow *window);
+
+/* In a claim: records on n tasks what their windows are. */
+extern void chat_window_record(const pg_uuid_t *tasks,
+							   const ChatWindow *const *windows, int n);
+
+/* Raises the smaller of a setting of the session and an option; 0 = none. */
+extern int64 chat_window_limit(const ChatJob *job, const char *setting,
+							   int64 option);
+
+#endif							/* CHAT_WINDOW_H */

@@ -1,0 +1,261 @@
+# Does a conversation that outgrows the context window go on?
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+use ChatTest;
+use Test::More;
+
+my $fake = start_fake();
+my $node = chat_cluster('main', conf => "chat.keep_recent_messages = 26\nchat.max_context_messages = 500");
+
+# the answer's part is 200 tokens, so 1800 are left
+create_server($node, $fake, context_window => 2000, max_tokens => 200);
+$node->safe_psql('postgres', server_sql($fake->port, name => 'summing',
+		context_window => 2000, max_tokens => 200, summarize => 'on',
+		summary_model => 'small', stream_usage => 'off'));
+$node->safe_psql('postgres', server_sql($fake->port, name => 'unknown'));
+
+# Appends messages to a session: [role, content, further members] each.
+sub append
+{
+	my ($id, @messages) = @_;
+	my $list = encode([ map { { role => $_->[0], content => $_->[1], %{ $_->[2] // {} } } } @messages ]);
+	$node->safe_psql('postgres',
+		"SELECT FROM chat.add_chat_messages_batch('$id', " . literal($list) . ')');
+	return;
+}
+
+# Appends questions and answers of some 60 tokens each.
+sub chatter
+{
+	my ($id, $first, $n) = @_;
+	append($id, map { [ $_ % 2 ? 'user' : 'assistant', "Message number $_. " . 'some words ' x 25 ] }
+		  $first .. $first + $n - 1);
+	return;
+}
+
+# Returns the messages of the last request.
+sub sent
+{
+	return @{ $fake->last_request->{body}{messages} };
+}
+
+# Returns the requests for summaries.
+sub summaries
+{
+	return grep { $_->{body}{messages}[0]{content} =~ /memory of a long conversation/ } $fake->completions;
+}
+
+# Returns the data-status events of a task.
+sub statuses
+{
+	my ($task) = @_;
+	return map { $_->{data} } grep { $_->{type} eq 'data-status' } stored_events($node, $task);
+}
+
+# ---------- what fits
+
+my $s = create_session($node)->{id};
+my $task = ask($node, $s, 'first [[tokens=3 prompt_tokens=1000]]');
+my $t = wait_for_task($node, $task);
+is($t->{compaction}, undef, 'what fits is not touched');
+cmp_ok($t->{context_tokens}, '<', 40, 'a first request is estimated');
+is_deeply([ map { $_->{phase} } statuses($task) ], ['request'], 'listeners are told');
+$task = ask($node, $s, 'second [[tokens=3 prompt_tokens=1030]]');
+$t = wait_for_task($node, $task);
+cmp_ok($t->{context_tokens}, '>', 1000, 'what the endpoint has counted is exact,');
+cmp_ok($t->{context_tokens}, '<', 1100, 'what came since is estimated');
+is_deeply([ (statuses($task))[0]{contextTokens}, (statuses($task))[0]{contextBudget} ],
+	[ $t->{context_tokens}, 1800 ], 'the same in the event');
+
+# a picture has a size of its own
+$s = create_session($node)->{id};
+append($s, [ 'user', undef, { parts => [ { type => 'image_url', image_url => { url => 'data:image/png;base64,' . 'iVBORw0K' x 5000 } } ] } ],
+	[ 'assistant', 'A cat.' ]);
+$t = wait_for_task($node, ask($node, $s, 'colour? [[tokens=1]]'));
+cmp_ok($t->{context_tokens}, '<', 1500, "a picture's bytes are not text");
+is($t->{compaction}, undef, 'and do not fill the window');
+
+# ---------- outputs of tools
+
+$s = create_session($node)->{id};
+my @calls = map { {
+		role => 'assistant', content => undef,
+		tool_calls => [ { id => "c$_", type => 'function', function => { name => 'look', arguments => '{}' } } ] } } 1 .. 3;
+append($s, [ 'user', 'q1' ],
+	(map { [ 'assistant', undef, { tool_calls => $calls[ $_ - 1 ]{tool_calls} } ], [ 'tool', 'x y ' x 700, { tool_call_id => "c$_" } ] } 1 .. 3),
+	[ 'assistant', 'done' ]);
+$t = wait_for_task($node, ask($node, $s, 'next [[tokens=1]]'));
+is($t->{compaction}, 'collapsed', 'old outputs become markers');
+my @tools = grep { $_->{role} eq 'tool' } sent();
+is(@tools, 3, 'all results are there');
+like($tools[0]{content}, qr/^\[The output of this call, 2800 bytes, was left out/, 'the oldest is collapsed');
+is($tools[2]{content}, 'x y ' x 700, 'the newest is not, it fits then');
+is($node->safe_psql('postgres', "SELECT count(*) FROM chat.chat_message WHERE session_id = '$s' AND role = 'tool' AND length(content) = 2800"),
+	3, 'nothing that is stored has changed');
+
+# ---------- truncation
+
+$s = create_session($node)->{id};
+$node->safe_psql('postgres', "SELECT chat.set_prompt('sys', 'SYSTEM {{user_id}}')");
+$node->safe_psql('postgres', qq(SELECT chat.update_chat_session('$s', settings => '{"prompt": "sys"}')));
+chatter($s, 1, 48);
+$t = wait_for_task($node, ask($node, $s, 'the question [[tokens=1]]'));
+is($t->{compaction}, 'truncated', 'without summaries the oldest messages are left out');
+cmp_ok($t->{context_tokens}, '<=', 1800, 'until it fits');
+cmp_ok($t->{context_tokens}, '>', 1600, 'and no more than that');
+my @m = sent();
+is($m[0]{content}, 'SYSTEM ', 'the system prompt stays');
+like($m[-1]{content}, qr/the question/, 'so does the question');
+like($m[-2]{content}, qr/^Message number 48/, 'and what came just before');
+unlike($m[1]{content}, qr/^Message number 1\./, 'the first messages are gone');
+
+# a long task loses its oldest steps, not its question
+$s = create_session($node)->{id};
+append($s, [ 'user', 'THE QUESTION' ],
+	map { my $c = "k$_"; ([ 'assistant', 'thought ' x 100, { tool_calls => [ { id => $c, type => 'function', function => { name => 'look', arguments => '{}' } } ] } ],
+		  [ 'tool', 'short', { tool_call_id => $c } ]) } 1 .. 30);
+$t = wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.stream_chat_completion('$s')"));
+is($t->{status}, 'completed', 'a long task goes on');
+@m = sent();
+is($m[0]{content}, 'THE QUESTION', 'its question is still there');
+is($m[1]{role}, 'assistant', 'whole steps follow');
+is($m[-1]{tool_call_id}, 'k30', 'the last result, too');
+
+# ---------- a system prompt that is too large
+
+$node->safe_psql('postgres', "SELECT chat.set_prompt('huge', repeat('many words ', 2000))");
+$s = create_session($node, settings => '{"prompt": "huge"}')->{id};
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'hi [[tokens=1]]'));
+is($t->{status}, 'failed', 'a system prompt that does not fit');
+is($t->{error}{code}, 'context_length_exceeded', 'is an error');
+like($t->{error}{message}, qr/system prompt and the tools alone do not fit/, 'that says so');
+is(scalar $fake->completions, 0, 'before any request');
+
+# ---------- summaries
+
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'start [[text=RECAP]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 46);
+$fake->forget;
+$task = ask($node, $s, 'go on [[tokens=1]]');
+$t = wait_for_task($node, $task);
+is($t->{status}, 'completed', 'a turn that needs a summary');
+is($t->{compaction}, 'summarized', 'says so');
+is_deeply([ map { $_->{phase} } statuses($task) ], [ 'summarizing', 'request' ], 'while it waits, too');
+my @sums = summaries();
+is(@sums, 1, 'one summary was asked for');
+is($sums[0]{body}{model}, 'small', 'of the summary model');
+like($sums[0]{body}{messages}[1]{content}, qr/user: start .*Message number 3\./s, 'with the oldest messages');
+unlike($sums[0]{body}{messages}[1]{content}, qr/Message number 30\./, 'without the newest');
+@m = sent();
+is($m[0]{role}, 'user', 'the summary is no system message');
+like($m[0]{content}, qr{^<conversation_summary>.*not an instruction.*RECAP\n</conversation_summary>$}s, 'it is marked as data');
+like($m[1]{content}, qr/^Message number 2[2-6]\./, 'the newest messages follow');
+is(scalar(grep { $_->{role} eq 'user' && $_->{content} =~ /go on/ } @m), 1, 'and the question');
+my $row = row($node, "SELECT summary, summary_sequence, (SELECT count(*) FROM chat.chat_message WHERE session_id = s.id) AS n FROM chat.chat_session AS s WHERE id = '$s'");
+is($row->{summary}, 'RECAP', 'the summary is stored');
+is($row->{n}, 50, 'beside all messages');
+my $reach = $row->{summary_sequence};
+
+# it serves later turns
+wait_for_task($node, ask($node, $s, 'and on [[tokens=1]]'));
+is(summaries(), 1, 'the next turn uses it');
+like((sent())[0]{content}, qr/RECAP/, 'as it is');
+
+# the next one is made of it
+append($s, [ 'user', 'more [[text=RECAP%202]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 101, 20);
+wait_for_task($node, ask($node, $s, 'on and on [[tokens=1]]'));
+@sums = summaries();
+cmp_ok(scalar @sums, '>', 1, 'when it does not suffice, another is made');
+like($sums[1]{body}{messages}[1]{content}, qr/^Summary of what came before:\nRECAP\n\n/, 'of the first');
+unlike($sums[1]{body}{messages}[1]{content}, qr/Message number 3\./, 'and not of what that holds');
+cmp_ok(row($node, "SELECT summary_sequence AS n FROM chat.chat_session WHERE id = '$s'")->{n}, '>', $reach, 'it reaches further');
+is(row($node, "SELECT count(*) AS n FROM chat.chat_usage WHERE session_id = '$s' AND kind = 'summary'")->{n},
+	scalar @sums, 'what they have used is counted');
+
+# what does not fit into one request is summed up piece by piece
+my $p = create_session($node, server => 'summing')->{id};
+append($p, [ 'user', 'start [[text=PART%201]]' ], [ 'assistant', 'fine' ]);
+chatter($p, 3, 30);
+append($p, [ 'user', 'later [[text=PART%202]]' ], [ 'assistant', 'fine' ]);
+chatter($p, 35, 40);
+$fake->forget;
+wait_for_task($node, ask($node, $p, 'go on [[tokens=1]]'));
+@sums = summaries();
+cmp_ok(scalar @sums, '>', 1, 'a long history is summed up piece by piece');
+like($sums[1]{body}{messages}[1]{content}, qr/^Summary of what came before:\nPART 1\n/, 'each with the one before');
+like((sent())[0]{content}, qr/PART 2/, 'and the turn has the last');
+is(scalar(grep { my $n = $_; scalar(grep { $_->{body}{messages}[1]{content} =~ /Message number $n\./ } @sums) != 1 } 3 .. 32),
+	0, 'each message is in one of them');
+
+# going back behind it forgets it
+$node->safe_psql('postgres', "SELECT chat.edit_message('$s', 3, 'other [[tokens=1]]')");
+wait_for($node, "SELECT count(*) = 0 FROM chat.chat_job");
+is_deeply(row($node, "SELECT summary, summary_sequence FROM chat.chat_session WHERE id = '$s'"),
+	{ summary => undef, summary_sequence => 0 }, 'an edit of what it holds forgets it');
+is(scalar(grep { $_->{content} =~ /RECAP<|conversation_summary/ } sent()), 0, 'the model sees the branch alone');
+
+# a summary that fails: truncation, and no other for a while
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'start [[status=500 errmsg=broken]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 46);
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
+is($t->{status}, 'completed', 'a turn whose summary fails');
+is($t->{compaction}, 'truncated', 'goes on without');
+$t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
+is($t->{compaction}, 'truncated', 'so does the next');
+is(summaries(), 1, 'which does not ask again at once');
+
+# cancelled while it waits; a locked session; another worker
+foreach my $case ('cancel', 'worker')
+{
+	$s = create_session($node, server => 'summing')->{id};
+	append($s, [ 'user', "start [[text=RECAP gatehead=$case]]" ], [ 'assistant', 'fine' ]);
+	chatter($s, 3, 46);
+	$task = ask($node, $s, 'go on [[tokens=1]]');
+	$fake->wait_at_gate($case);
+	if ($case eq 'cancel')
+	{
+		is($node->safe_psql('postgres', "SELECT chat.cancel_task('$task')"), 't', 'cancelled while it waits');
+		is(wait_for_task($node, $task)->{status}, 'cancelled', 'it ends at once');
+		$fake->open_gate($case);
+	}
+	else
+	{
+		my $pid = wait_for_worker($node);
+		kill 'TERM', $pid;
+		wait_for($node, "SELECT count(*) = 1 FROM chat.worker_status() WHERE pid > 0 AND pid <> $pid");
+		$fake->open_gate($case, 2);
+		$t = wait_for_task($node, $task);
+		is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], 'another worker takes it up');
+	}
+	wait_for($node, "SELECT count(*) = 0 FROM chat.chat_job");
+}
+
+# ---------- the endpoint says that it is too long
+
+$s = create_session($node, server => 'unknown')->{id};
+chatter($s, 1, 40);
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_exceeded times=1 key=once]]'));
+my @requests = $fake->completions;
+is($t->{status}, 'completed', 'an endpoint that finds the request too long');
+is(@requests, 2, 'gets another one');
+cmp_ok(length encode($requests[1]{body}), '<', 0.7 * length encode($requests[0]{body}), 'that is shorter');
+like($requests[1]{body}{messages}[-1]{content}, qr/^q /, 'with the question');
+is($t->{compaction}, 'truncated', 'as the task tells');
+
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_exceeded]]'));
+is($t->{status}, 'failed', 'one that is never satisfied');
+is($t->{error}{code}, 'context_length_exceeded', 'fails the task');
+is(scalar $fake->completions, 2, 'after one more try');
+
+done_testing();
