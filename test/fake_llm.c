@@ -30,6 +30,7 @@
  *   toolfinish=R  steps=N (tool steps before the last answer; 1)
  *   thentokens=N  thentext=T  then.KEY=V (the last answer's directives; its
  *   default is "Tool said: " and the last tool result)
+ * A member "fake" of the request stands for the last user message's text.
  * Steps:  at=N: this block is for the request that follows N tool steps, and
  *   then no other is; without such a block the others count
  * Pace:  first=MS  delay=MS  gate=NAME  gateat=UNIT:NAME  gatehead=NAME
@@ -614,6 +615,7 @@ typedef struct Facts
 	bool		says_title;
 	Buf			model;
 	Buf			user;			/* the last user message's text */
+	Buf			fake;			/* what stands for it, if anything */
 	Buf			tool;			/* the last tool result */
 } Facts;
 
@@ -721,6 +723,8 @@ read_member(Json *j, const char *key, Facts *f)
 			f->max_tokens = strtol(j->p, NULL, 10);
 	if (strcmp(key, "model") == 0 && json_peek(j) == '"')
 		json_string(j, &f->model);
+	else if (strcmp(key, "fake") == 0 && json_peek(j) == '"')
+		json_string(j, &f->fake);
 	else if (strcmp(key, "messages") == 0 && json_peek(j) == '[')
 	{
 		if (json_open(j, '['))
@@ -771,6 +775,7 @@ facts_free(Facts *f)
 {
 	buf_free(&f->model);
 	buf_free(&f->user);
+	buf_free(&f->fake);
 	buf_free(&f->tool);
 }
 
@@ -2959,12 +2964,12 @@ plan_answer(Stream *s, Facts *f)
 	f->says_title;
 	bool		after_tools = false;
 	Plan	   *p = &s->plan;
+	const char *text = buf_str(f->fake.len > 0 ? &f->fake : &f->user);
 
-	directive = find_directive(buf_str(&f->user), title, f->tool_steps, &end);
+	directive = find_directive(text, title, f->tool_steps, &end);
 	if (directive)
 		plan_read(p, directive, end, false);
-	else if ((directive = find_directive(buf_str(&f->user), title, -1,
-										 &end)) != NULL)
+	else if ((directive = find_directive(text, title, -1, &end)) != NULL)
 	{
 		plan_read(p, directive, end, false);
 		if (p->ncalls > 0 && f->tool_steps >= (p->steps > 0 ? p->steps : 1))

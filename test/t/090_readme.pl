@@ -11,7 +11,8 @@
 #
 # Blocks run in the order of the document in database chat, those of chapter
 # Recipes in one of their own.  <!-- answer: ... --> above a block is what the
-# endpoint answers while it runs; the address of OpenAI and the key's file are
+# endpoint answers while it runs; <!-- call: NAME ARGUMENTS --> above that, which
+# tool it calls before; the address of OpenAI and the key's file are
 # those of the bundled endpoint.  Ids, times and versions are not compared.
 #
 # README_OUT=file writes the README with the output that was seen, so that
@@ -35,7 +36,7 @@ my @languages = qw(console ini js python sh sql text);
 sub read_document
 {
 	my ($text) = @_;
-	my (@blocks, $block, $chapter, $answer);
+	my (@blocks, $block, $chapter, $answer, $call);
 	my $number = 0;
 
 	foreach my $line (split /\n/, $text)
@@ -60,9 +61,11 @@ sub read_document
 				line => $number,
 				lines => [],
 				chapter => $chapter,
-				answer => $answer
+				answer => $answer,
+				call => $call
 			};
 			undef $answer;
+			undef $call;
 		}
 		elsif ($line =~ /^## (.*)/)
 		{
@@ -71,6 +74,10 @@ sub read_document
 		elsif ($line =~ /^<!-- answer: (.*) -->$/)
 		{
 			$answer = $1;
+		}
+		elsif ($line =~ /^<!-- call: (.*) -->$/)
+		{
+			$call = $1;
 		}
 	}
 	die "README.md:$block->{line}: the block has no end\n" if $block;
@@ -169,8 +176,11 @@ my $node = chat_cluster('readme', conf => $settings, extension => 0);
 my $key_file = $node->basedir . '/key';
 append_to_file($key_file, "sk-test\n");
 my $url = 'http://127.0.0.1:' . $fake->port . '/v1';
-my @places =
-  (['https://api.openai.com/v1', $url], ['/etc/postgresql/openai.key', $key_file]);
+my @places = (
+	[ 'https://api.openai.com/v1', $url ],
+	[ 'https://warehouse.example.com', $url =~ s/v1$/tools/r ],
+	[ '/etc/postgresql/openai.key', $key_file ],
+	[ '/etc/postgresql/warehouse.key', $key_file ]);
 
 $node->safe_psql('postgres', "CREATE DATABASE $_") foreach qw(chat recipes);
 $node->safe_psql('recipes', 'CREATE EXTENSION chat');
@@ -210,13 +220,22 @@ sub run_psql
 	return $out;
 }
 
-# Has the endpoint give an answer, whatever is asked.
+# Returns text as a value of a directive of the endpoint.
+sub percent
+{
+	my ($text) = @_;
+	return $text =~ s/([^\w.,!?'-])/sprintf '%%%02x', ord $1/ger;
+}
+
+# Has the endpoint give an answer, whatever is asked, or call a tool before.
 sub set_answer
 {
-	my ($answer) = @_;
-	my $escaped = $answer =~ s/([^\w.,!?'-])/sprintf '%%%02x', ord $1/ger;
-	my $body = encode(
-		{ messages => [ { role => 'user', content => "[[text=$escaped]]" } ] });
+	my ($answer, $call) = @_;
+	my ($tool, $arguments) = split / /, $call // '', 2;
+	my $text = '[[text=' . percent($answer) . ']]';
+
+	$text .= "[[at=0 tool=$tool args=" . percent($arguments) . ']]' if $tool;
+	my $body = encode({ fake => $text });
 	my $verb =
 	  $node->safe_psql('chat',
 		"SELECT 1 FROM pg_foreign_server WHERE srvoptions::text LIKE '%extra_body%'")
@@ -229,12 +248,20 @@ sub set_answer
 
 # Waits, in psql, until no task is left; what is printed meanwhile is shown
 # behind the next command, as it is to somebody who types slowly.
-my $wait = <<'EOS';
-DO $$
+my $wait = "DO 'BEGIN PERFORM public.readme_wait(); END';\n";
+$node->safe_psql('chat', <<'EOS');
+CREATE FUNCTION public.readme_wait() RETURNS void SECURITY DEFINER
+LANGUAGE plpgsql AS $$
 BEGIN
 	FOR i IN 1 .. 18000 LOOP
-		IF NOT EXISTS (SELECT FROM chat.chat_task
-				WHERE status NOT IN ('completed', 'failed', 'cancelled')) THEN
+		IF NOT EXISTS (SELECT FROM chat.chat_task AS t
+				WHERE status NOT IN ('completed', 'failed', 'cancelled')
+				-- unless somebody else has to end its operations
+				AND NOT EXISTS (SELECT FROM chat.chat_job AS j
+					WHERE j.task_id = t.id AND j.parked AND j.holder IS NULL
+					AND j.run_at > now()
+					AND NOT EXISTS (SELECT FROM chat.chat_job AS k
+						WHERE k.task_id = t.id AND k.kind = 'tool'))) THEN
 			RETURN;
 		END IF;
 		PERFORM pg_sleep(0.01);
@@ -259,7 +286,7 @@ sub run_dialogue
 		$i++;
 		$open = 1 if $input =~ /^BEGIN\b/i;
 		$open = 0 if $input =~ /^(COMMIT|ROLLBACK)\b/i;
-		$called = 1 if $input =~ /stream_chat_completion/;
+		$called = 1 if $input =~ /stream_chat_completion|complete_operation/;
 		if ($called && !$open)
 		{
 			$script .= "\\echo @@ w\n$wait";
@@ -436,7 +463,7 @@ while (my ($i, $block) = each @blocks)
 	my $language = $block->{language};
 	my $output = $blocks[ $i + 1 ];
 
-	set_answer($block->{answer}) if defined $block->{answer};
+	set_answer($block->{answer}, $block->{call}) if defined $block->{answer};
 	if ($language eq 'console')
 	{
 		test_dialogue($block);
