@@ -1,11 +1,13 @@
 /*
  * demo.c
- *		Runs one turn as an application would, and shows it.
+ *		Runs two turns as an application would, and shows them: one of words,
+ *		and one in which the model calls a function of the database.
  *
- *	demo BASE_URL MODEL KEY_FILE MESSAGE
+ *	demo BASE_URL MODEL KEY_FILE MESSAGE SCRIPT
  *
  * The connection is libpq's default (PGHOST and so on).  KEY_FILE may be
- * empty: no user mapping then.  Every statement is printed before it runs;
+ * empty: no user mapping then.  SCRIPT is what has the fake endpoint call the
+ * function; empty for a real one, which decides for itself.  Every statement is printed before it runs;
  * the answer is printed as its notifications arrive, nothing else is read
  * until it has ended.
  */
@@ -256,6 +258,42 @@ member(const char *json, const char *name)
 	return value;
 }
 
+/* Prints a member of an event behind a word. */
+static void
+show_member(const char *payload, const char *word, const char *name)
+{
+	char	   *text = member(payload, name);
+
+	printf("%s%s %s%s", DIM, word, text ? text : "", PLAIN);
+	free(text);
+}
+
+/* Shows an event of a tool call; false if it is none that is shown. */
+static bool
+show_tool(const char *type, const char *payload)
+{
+	if (strcmp(type, "tool-input-available") == 0)
+	{
+		show_member(payload, "calls", "toolName");
+		show_member(payload, "", "input");
+		printf("\n");
+	}
+	else if (strcmp(type, "tool-output-available") == 0)
+	{
+		show_member(payload, "  result:", "output");
+		printf("\n");
+	}
+	else if (strcmp(type, "tool-output-error") == 0 ||
+			 strcmp(type, "tool-input-error") == 0)
+	{
+		show_member(payload, "  error:", "errorText");
+		printf("\n");
+	}
+	else
+		return false;
+	return true;
+}
+
 /* Shows one event of the stream; true when it was the last. */
 static bool
 show_event(const char *payload, Turn *turn)
@@ -287,6 +325,8 @@ show_event(const char *payload, Turn *turn)
 	}
 	else if (strcmp(type, "finish") == 0 || strcmp(type, "abort") == 0)
 		last = true;
+	else
+		show_tool(type, payload);
 	fflush(stdout);
 	free(type);
 	return last;
@@ -340,24 +380,13 @@ epilogue(const char *session, const char *task, const Turn *turn)
 	printf("%s\n", PLAIN);
 }
 
-int
-main(int argc, char **argv)
+/* Sends a message in a session of its own and shows all that follows. */
+static void
+converse(const char *message, Turn *turn)
 {
-	Turn		turn = {0};
 	PGresult   *res;
 	char	   *session;
 	char	   *task;
-
-	if (argc != 5)
-	{
-		fprintf(stderr, "usage: demo BASE_URL MODEL KEY_FILE MESSAGE\n");
-		return 2;
-	}
-	colours();
-	conn = PQconnectdb("application_name=demo");
-	if (PQstatus(conn) != CONNECTION_OK)
-		die("cannot connect");
-	install(argv[1], argv[2], argv[3]);
 
 	heading("a session, and a listener on its channel");
 	res = query("SELECT id, channel\nFROM chat.create_chat_session"
@@ -369,14 +398,71 @@ main(int argc, char **argv)
 	heading("the call: it returns at once, a background worker does the rest");
 	res = query(format("SELECT chat.stream_chat_completion(session_id => %s,\n"
 					   "message => %s) AS task;",
-					   literal(session), literal(argv[4])));
-	turn.called = now_ms();
+					   literal(session), literal(message)));
+	turn->called = now_ms();
 	task = strdup(PQgetvalue(res, 0, 0));
 	PQclear(res);
 
 	heading("the answer, as its notifications arrive");
-	follow(&turn);
-	epilogue(session, task, &turn);
+	follow(turn);
+	epilogue(session, task, turn);
+}
+
+/* Shows and runs a statement whose result says nothing. */
+static void
+quietly(const char *sql)
+{
+	show(sql);
+	PQclear(run(sql));
+}
+
+/* Makes a function over a table a tool of the role that the sessions have. */
+static void
+install_tool(const char *script)
+{
+	if (*script)
+		PQclear(run(format("ALTER SERVER demo OPTIONS (ADD extra_body %s)",
+						   literal(format("{\"fake\": \"%s\"}", script)))));
+	heading("a tool: a function over a table, that the model may call");
+	command("CREATE ROLE ada LOGIN;");
+	quietly("SELECT chat.grant_usage('ada');");
+	command("GRANT USAGE ON FOREIGN SERVER demo TO ada;");
+	command("CREATE SCHEMA shop AUTHORIZATION ada;");
+	command("SET ROLE ada;");
+	command("CREATE TABLE shop.orders (id integer PRIMARY KEY, status text);");
+	command("INSERT INTO shop.orders VALUES (1042, 'shipped'), (1043, 'packed');");
+	command("CREATE FUNCTION shop.order_status(order_id integer) RETURNS text\n"
+			"LANGUAGE sql AS 'SELECT status FROM shop.orders WHERE id = order_id';");
+	command("COMMENT ON FUNCTION shop.order_status IS 'How far an order is.';");
+	PQclear(query("SELECT name, description, parameters->'properties' AS arguments\n"
+				  "FROM chat.register_tool('shop.order_status');"));
+}
+
+int
+main(int argc, char **argv)
+{
+	Turn		words = {0};
+	Turn		tool = {0};
+
+	if (argc != 6)
+	{
+		fprintf(stderr, "usage: demo BASE_URL MODEL KEY_FILE MESSAGE SCRIPT\n");
+		return 2;
+	}
+	colours();
+	conn = PQconnectdb("application_name=demo");
+	if (PQstatus(conn) != CONNECTION_OK)
+		die("cannot connect");
+	install(argv[1], argv[2], argv[3]);
+	converse(argv[4], &words);
+	if (!words.failed)
+	{
+		install_tool(argv[5]);
+		converse("Where is my order 1042?", &tool);
+		PQclear(run("RESET ROLE"));
+		if (*argv[5])
+			PQclear(run("ALTER SERVER demo OPTIONS (DROP extra_body)"));
+	}
 	PQfinish(conn);
-	return turn.failed ? 1 : 0;
+	return words.failed || tool.failed ? 1 : 0;
 }

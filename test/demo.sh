@@ -1,6 +1,7 @@
 #!/bin/bash
 #
-# demo.sh: one turn in a private cluster, from CREATE EXTENSION to the answer
+# demo.sh: two turns in a private cluster, from CREATE EXTENSION to the answer
+# and to a function of the database that the model calls
 #
 #	make demo [MESSAGE="..."] [KEEP=1]
 #	          [CHAT_BASE_URL=... CHAT_MODEL=... CHAT_API_KEY=...]
@@ -18,6 +19,7 @@ KEEP=${KEEP:-}
 KEEPING=
 KEY_FILE=
 FAKE_PID=
+SCRIPT=
 
 # Starts the bundled endpoint and takes its address.
 start_fake()
@@ -34,6 +36,9 @@ start_fake()
 	done
 	CHAT_BASE_URL=http://127.0.0.1:${line#port=}/v1
 	CHAT_MODEL=fake-1
+	# percent-encoded where a directive has no blanks and JSON no quotes
+	SCRIPT='[[at=0 tool=order_status args={%22order_id%22:1042}]]'
+	SCRIPT+=' [[text=Your%20order%201042%20has%20been%20shipped.]]'
 }
 
 # Puts the key where only the server's user reads it; no log ever sees it.
@@ -97,7 +102,8 @@ cluster_start demo "chat.default_server = 'demo'"
 as_user createdb chat
 PGDATABASE=chat
 echo "$PG_VERSION in a private cluster; the model is $CHAT_MODEL at $CHAT_BASE_URL"
-run_group "$WORK/demo" "$CHAT_BASE_URL" "$CHAT_MODEL" "$KEY_FILE" "$MESSAGE" || {
+run_group "$WORK/demo" "$CHAT_BASE_URL" "$CHAT_MODEL" "$KEY_FILE" "$MESSAGE" \
+	"$SCRIPT" || {
 	rc=$?
 	tail -n 20 "$WORK/run/demo.log" >&2
 	exit $rc
