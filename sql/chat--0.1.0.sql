@@ -196,6 +196,9 @@ CREATE INDEX chat_job_parked_idx ON chat.chat_job (run_at)
 	WHERE holder IS NULL AND parked;
 CREATE INDEX chat_job_later_idx ON chat.chat_job (run_at)
 	WHERE holder IS NULL AND run_at > '-infinity';
+-- what a worker holds, however long the queue is
+CREATE INDEX chat_job_holder_idx ON chat.chat_job (holder)
+	WHERE holder IS NOT NULL;
 CREATE INDEX chat_job_session_idx ON chat.chat_job (session_id);
 
 CREATE TABLE chat.chat_tool (

@@ -25,16 +25,27 @@
 /* runs of one timeline; see P3 in the README */
 #define RUNS_PER_TIMELINE 256
 
-/* A job that may be claimed: j, of database db. */
-#define CLAIMABLE(db) \
-	" j.holder IS NULL AND j.kind = 'completion' AND NOT j.parked" \
-	" AND j.database = " db " AND j.run_at <= now()" \
-	" AND NOT EXISTS (SELECT FROM chat.chat_task AS r" \
+/*
+ * The planner knows nothing of a queue that was empty when it planned, so
+ * these are written for one index each: chat_job_claim_idx or _fair_idx for
+ * jobs that may be claimed, chat_job_cancel_idx for those that shall end.
+ * Table j, database db.
+ */
+#define FREE_SESSION \
+	" NOT EXISTS (SELECT FROM chat.chat_task AS r" \
 	"  WHERE r.session_id = j.session_id AND r.status = 'running'" \
 	"   AND r.id <> j.task_id)" \
 	" AND NOT EXISTS (SELECT FROM chat.chat_task AS w" \
 	"  WHERE w.session_id = j.session_id AND w.status = 'waiting'" \
 	"   AND NOT w.detached AND w.id <> j.task_id)"
+
+#define CLAIMABLE(db) \
+	" j.holder IS NULL AND j.kind = 'completion' AND NOT j.parked" \
+	" AND j.database = " db " AND j.run_at <= now() AND" FREE_SESSION
+
+#define CANCELLED(db) \
+	" j.holder IS NULL AND j.cancel AND NOT j.parked" \
+	" AND j.database = " db " AND j.run_at <= now() AND" FREE_SESSION
 
 /*
  * Of which servers and owners there are jobs: the index is entered once for
@@ -131,7 +142,7 @@ CHAT_STMT(claim_cancelled,
 		  "WITH picked AS MATERIALIZED ("
 		  " SELECT" PICKED_COLUMNS " FROM chat.chat_job AS j"
 		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
-		  " WHERE" CLAIMABLE("$3") " AND j.cancel"
+		  " WHERE" CANCELLED("$3")
 		  " LIMIT $2"
 		  " FOR UPDATE OF j SKIP LOCKED"
 		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
@@ -171,10 +182,10 @@ CHAT_STMT(claim_fairly,
 		  " SELECT r.id FROM ranked AS r WHERE r.place <= r.room"
 		  " ORDER BY r.priority, r.turn, r.run_at, r.id LIMIT $2"
 		  "), picked AS MATERIALIZED ("
-		  " SELECT" PICKED_COLUMNS " FROM chosen AS c"
-		  " JOIN chat.chat_job AS j ON j.id = c.id"
+		  " SELECT" PICKED_COLUMNS " FROM chat.chat_job AS j"
 		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
-		  " WHERE" CLAIMABLE("$3")
+		  " WHERE j.id = ANY (ARRAY(SELECT c.id FROM chosen AS c))"
+		  "  AND j.holder IS NULL"
 		  " FOR UPDATE OF j SKIP LOCKED"
 		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
 		  TAKE_PICKED,
@@ -188,13 +199,13 @@ CHAT_STMT(claim_fairly,
 CHAT_STMT(queue_rest,
 		  "WITH RECURSIVE " PAIRS("$1") ", due AS MATERIALIZED ("
 		  " SELECT p.server::text = ANY ($2) AS closed FROM pair AS p"
-		  " WHERE EXISTS (SELECT FROM chat.chat_job AS j"
+		  " CROSS JOIN LATERAL (SELECT FROM chat.chat_job AS j"
 		  "  WHERE j.server = p.server AND j.owner = p.owner AND"
-		  CLAIMABLE("$1") "))"
+		  CLAIMABLE("$1") " LIMIT 1) AS one)"
 		  " SELECT EXISTS (SELECT FROM due WHERE NOT closed),"
 		  " EXISTS (SELECT FROM due WHERE closed),"
 		  " EXISTS (SELECT FROM chat.chat_job AS j"
-		  "  WHERE j.cancel AND" CLAIMABLE("$1") "),"
+		  "  WHERE" CANCELLED("$1") "),"
 		  " (SELECT j.run_at FROM chat.chat_job AS j"
 		  "  WHERE j.holder IS NULL AND j.database = $1"
 		  "   AND j.run_at > '-infinity' AND j.run_at > now()"
