@@ -14,6 +14,7 @@
 
 #include "compat.h"
 #include "field.h"
+#include "json.h"
 
 /* Says in words what a member must be. */
 static char *
@@ -250,6 +251,38 @@ convert(const ChatField *field, const JsonbValue *value, const char *prefix)
 	return JsonbPGetDatum(JsonbValueToJsonb(unconstify(JsonbValue *, value)));
 }
 
+/* Raises an error if the numbers of a value are long, see field.h. */
+void
+chat_field_check_numbers(JsonbContainer *json, const char *name,
+						 const char *prefix)
+{
+	JsonbIterator *it = JsonbIteratorInit(json);
+	JsonbIteratorToken token;
+	JsonbValue	v;
+	int			digits = 0;
+
+	while ((token = JsonbIteratorNext(&it, &v, false)) != WJB_DONE)
+	{
+		char	   *number;
+
+		if ((token != WJB_VALUE && token != WJB_ELEM) ||
+			v.type != jbvNumeric)
+			continue;
+		number = DatumGetCString(DirectFunctionCall1(numeric_out,
+													 NumericGetDatum(v.val.numeric)));
+		/* what has no exponent has that many bytes at its origin, too */
+		digits += Max((int) strlen(number) - 64, 0);
+		pfree(number);
+		if (digits > CHAT_JSON_MAX_DIGITS)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%sthe numbers of \"%s\" are too long", prefix,
+							name),
+					 errdetail("Without exponents they may have %d digits in all.",
+							   CHAT_JSON_MAX_DIGITS)));
+	}
+}
+
 /* Reads one member; two names of one column exclude each other. */
 static void
 read_member(const ChatField *field, const JsonbValue *value,
@@ -260,6 +293,8 @@ read_member(const ChatField *field, const JsonbValue *value,
 
 	if (!has_type(field, value))
 		reject(field, prefix);
+	if (value->type == jbvBinary)
+		chat_field_check_numbers(value->val.binary.data, field->name, prefix);
 	datum = convert(field, value, prefix);
 	if (column == CHAT_FIELD_NO_COLUMN || values == NULL)
 		return;
@@ -318,4 +353,5 @@ chat_field_check(const ChatField *field, Jsonb *json)
 		(void) JsonbExtractScalar(&json->root, &v);
 	if (!has_type(field, &v))
 		reject(field, "");
+	chat_field_check_numbers(&json->root, field->name, "");
 }

@@ -68,6 +68,13 @@ extern void chat_field_read(const ChatFieldTable *table,
 							JsonbContainer *object, const char *prefix,
 							Datum *values, bool *nulls);
 
+/*
+ * Raises an error if the numbers of a value are long when they are written
+ * out: 1e100000 has ten bytes in a request, but not where we write it.
+ */
+extern void chat_field_check_numbers(JsonbContainer *json, const char *name,
+									 const char *prefix);
+
 /* Checks a value that was not a member of an object. */
 extern void chat_field_check(const ChatField *field, Jsonb *json);
 

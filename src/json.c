@@ -265,11 +265,27 @@ walk_string(Rewrite *rw, const char *p, const char *end)
 	}
 }
 
-/* Passes over a JSON text; false when it is nested too deep. */
+/* Returns the exponent that follows the letter at p, without its sign. */
+static int
+exponent(const char *p, const char *end)
+{
+	int			value = 0;
+
+	p++;
+	if (p < end && (*p == '-' || *p == '+'))
+		p++;
+	for (; p < end && *p >= '0' && *p <= '9'; p++)
+		if (value <= CHAT_JSON_MAX_DIGITS)
+			value = value * 10 + (*p - '0');
+	return value <= CHAT_JSON_MAX_DIGITS ? value : CHAT_JSON_MAX_DIGITS + 1;
+}
+
+/* Passes over a JSON text; false when it is nested or written out too far. */
 static bool
 walk_json(Rewrite *rw, const char *p, const char *end)
 {
 	int			depth = 0;
+	int			digits = 0;
 
 	while (p < end)
 	{
@@ -287,6 +303,12 @@ walk_json(Rewrite *rw, const char *p, const char *end)
 			case ']':
 				if (depth > 0)
 					depth--;
+				break;
+			case 'e':
+			case 'E':
+				digits += exponent(p, end);
+				if (digits > CHAT_JSON_MAX_DIGITS)
+					return false;
 				break;
 			case '\0':
 				p = replace(rw, p, 1, REPLACEMENT, REPLACEMENT_LEN);

@@ -15,12 +15,18 @@
 
 /* objects and arrays within each other; the server's parser recurses */
 #define CHAT_JSON_MAX_DEPTH 64
+/*
+ * sum of the exponents of a text: jsonb writes its numbers without them, a
+ * hundred thousand digits for ten bytes
+ */
+#define CHAT_JSON_MAX_DIGITS 1000000
 
 typedef enum ChatJsonState
 {
 	CHAT_JSON_AS_IS,			/* use the input as it is */
 	CHAT_JSON_DIRTY,			/* use what chat_json_clean writes */
-	CHAT_JSON_TOO_DEEP			/* refuse: nested beyond the limit */
+	CHAT_JSON_TOO_DEEP			/* refuse: nested, or written out by jsonb,
+								 * beyond the limit */
 } ChatJsonState;
 
 /*

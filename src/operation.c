@@ -24,6 +24,7 @@
 
 #include "compat.h"
 #include "db.h"
+#include "field.h"
 #include "turn.h"
 
 PG_FUNCTION_INFO_V1(chat_complete_operation);
@@ -308,6 +309,8 @@ chat_operation_progress(PG_FUNCTION_ARGS)
 
 	if (PG_ARGISNULL(0))
 		PG_RETURN_BOOL(false);
+	if (!PG_ARGISNULL(1))
+		chat_field_check_numbers(&PG_GETARG_JSONB_P(1)->root, "progress", "");
 	chat_db_enter(&scope);
 	if (find_by_operation(PG_GETARG_UUID_P(0), &c))
 		goes_on = !c.ended && c.active;

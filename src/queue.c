@@ -110,7 +110,8 @@
 	" SELECT j.id, j.epoch, o.session_id, o.task_id, t.answer_id," \
 	"  j.owner, j.attempts, j.crashes, o.run < 0," \
 	"  j.cancel, t.run, j.last_seq, t.slot, o.channel::text," \
-	"  t.server::text, o.user_id, (o.settings || t.options)::text," \
+	"  t.server::text, o.user_id, CASE WHEN $5 THEN '{}'" \
+	"   ELSE (o.settings || t.options)::text END," \
 	"  o.new_run, p.reset, t.steps, j.blamed," \
 	"  o.untitled AND o.input->>'role' = 'user'," \
 	"  t.tokens, j.waited, j.shrink_to, o.summary, o.summary_sequence," \
@@ -124,7 +125,8 @@
  * $1 holder, $2 limit, $3 database, $4 first run of this timeline, $5 bare
  *
  * The queued message becomes a message here: it takes its sequence when its
- * turn starts.  A bare claim leaves it out: for a job whose claim failed.
+ * turn starts.  A bare claim leaves it out, and the settings: for a job whose
+ * claim failed.
  */
 CHAT_STMT(claim_jobs,
 		  "WITH picked AS MATERIALIZED ("

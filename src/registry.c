@@ -30,6 +30,7 @@
 
 #include "compat.h"
 #include "db.h"
+#include "field.h"
 #include "registry.h"
 #include "schema.h"
 #include "toolserver.h"
@@ -353,6 +354,8 @@ read_tool(FunctionCallInfo fcinfo, Tool *t)
 	t->name = text_argument(fcinfo, 1, NULL);
 	t->description = text_argument(fcinfo, 2, NULL);
 	t->parameters = PG_ARGISNULL(3) ? NULL : PG_GETARG_JSONB_P(3);
+	if (t->parameters)
+		chat_field_check_numbers(&t->parameters->root, "parameters", "");
 	t->kind = text_argument(fcinfo, 4, "sql");
 	t->server = PG_ARGISNULL(5) ? NULL : NameStr(*PG_GETARG_NAME(5));
 	t->path = text_argument(fcinfo, 6, NULL);

@@ -31,7 +31,7 @@
 #include "shmem.h"
 #include "turn.h"
 
-#define TURN_FAILED "the results of the task's tools could not be handled"
+#define TURN_FAILED "the results of the tools could not be handled"
 
 static int	max_steps = 10;
 static int	max_tool_calls = 32;

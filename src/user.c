@@ -26,6 +26,7 @@
 
 #include "compat.h"
 #include "db.h"
+#include "field.h"
 #include "user.h"
 
 #define TAG "users_information"
@@ -460,6 +461,7 @@ chat_set_user_context(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("context must be a JSON object")));
+	chat_field_check_numbers(&PG_GETARG_JSONB_P(1)->root, "context", "");
 	chat_db_enter(&scope);
 	check_user(&scope, fcinfo);
 	values[0] = ObjectIdGetDatum(chat_user_owner(&scope, PG_GETARG_DATUM(3),

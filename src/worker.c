@@ -185,7 +185,11 @@ is_systemic(const ErrorData *edata)
 static bool
 is_queue_full(const ErrorData *edata)
 {
-	return edata->sqlerrcode == ERRCODE_PROGRAM_LIMIT_EXCEEDED;
+	/* the code alone also tells of texts that are too long */
+	return edata->sqlerrcode == ERRCODE_PROGRAM_LIMIT_EXCEEDED &&
+		edata->message &&
+		strcmp(edata->message,
+			   _("too many notifications in the NOTIFY queue")) == 0;
 }
 
 /*
@@ -1011,7 +1015,7 @@ make_streams(Claim *c, ChatJob *jobs, ChatContext *contexts, char **tools)
 			chat_stream_poisoned(s);
 		else if (claim_mode == CLAIM_BARE)
 			chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
-							 "the queued message could not be stored");
+							 "the request could not be built");
 		else if (jobs[i].cancel)
 			chat_stream_cancel(s);
 		else
@@ -1153,13 +1157,14 @@ claim_work(void *arg)
 	contexts = palloc0(sizeof(ChatContext) * n);
 	tools = palloc0(sizeof(char *) * n);
 	sound = sort_jobs(jobs, n);
-	if (sound > 0)
+	if (sound > 0 && !c->wish.bare)
 	{
 		chat_context_load(jobs, sound, contexts);
 		chat_registry_load(jobs, sound, tools);
 	}
 	c->n = n;
-	c->rest.sides |= chat_title_queue(jobs, sound);
+	if (!c->wish.bare)
+		c->rest.sides |= chat_title_queue(jobs, sound);
 	make_streams(c, jobs, contexts, tools);
 	record_prompts(c);
 	record_windows(c);
