@@ -38,6 +38,11 @@ chaos:
 	@test/install-deps check
 	@CHAOS_RUNS=200 SUITE_TIMEOUT=3600 test/run chaos test/t/086_tool_chaos.pl
 
+# suites under AddressSanitizer and UndefinedBehaviorSanitizer
+check-asan:
+	@test/install-deps check
+	@test/sanitize.sh $(SUITES)
+
 demo:
 	@test/install-deps demo
 	@test/demo.sh
