@@ -137,10 +137,10 @@ EOS
 # Returns what is wrong with a task's calls: how often what happened.
 sub effect_faults
 {
-	my ($task, $effects, $requests) = @_;
+	my ($turn, $effects, $requests) = @_;
 	my @faults;
 
-	foreach my $c (calls($node, $task))
+	foreach my $c (@{ $turn->{calls} })
 	{
 		my $what = "$c->{name} $c->{status}";
 		my $n = $effects->{ $c->{operation_id} } // 0;
@@ -189,12 +189,11 @@ EOS
 	my %requests;
 	$requests{ $_->{headers}{'idempotency-key'} }++ foreach grep { $_->{path} =~ m{^/tools} } $fake->requests;
 	my @faults;
-	foreach my $task (@tasks)
+	foreach my $turn (turns_of($node, @tasks))
 	{
-		my $turn = turn_of($node, $task);
-		push @faults, map { "$task: $_" } "it has $turn->{status}: " . encode($turn->{error})
-		  if $turn->{status} ne 'completed';
-		push @faults, map { "$task: $_" } faults($turn, $node), effect_faults($task, \%effects, \%requests);
+		push @faults, map { "$turn->{task}: $_" }
+		  $turn->{status} eq 'completed' ? () : "it has $turn->{status}: " . encode($turn->{error}),
+		  faults($turn), effect_faults($turn, \%effects, \%requests);
 	}
 	is_deeply(\@faults, [], $what) or diag(join "\n", @messages);
 }

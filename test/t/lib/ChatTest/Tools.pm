@@ -7,6 +7,8 @@
 #	my ($session, $task) = start($node, 'go [[tool=f]]', %session);	of ann
 #	wait_for_calls($node, $task, $status, $n);	operations of n calls that wait
 #	calls($node, $task);		rows of chat_tool_call in order
+#	turns_of($node, @tasks);	what turn_of() returns of tasks that have ended,
+#						with their calls, by one query
 #	of_type($turn, $type);		its events of a type
 #	outputs($turn);				results that listeners saw, preliminary ones not
 #	sound($turn, $node, 'what');	assertion: events, rows and snapshot fit
@@ -24,7 +26,8 @@ use Test::More;
 use ChatTest;
 
 our @EXPORT = qw(
-  tool_cluster register as_role start wait_for_calls calls of_type outputs
+  tool_cluster register as_role start wait_for_calls calls turns_of of_type
+  outputs
   sound sound_requests faults value
 );
 
@@ -103,16 +106,43 @@ EOS
 	return map { $_->{operation_id} } calls($node, $task);
 }
 
+# What is read of a call, as c and its message m.
+my $call_columns =
+  "c.*, m.content AS shown, m.metadata ? 'pending' AS pending";
+my $call_tables = <<'EOS';
+chat.chat_tool_call AS c
+	LEFT JOIN chat.chat_message AS m ON m.session_id = c.session_id
+		AND m.sequence = c.sequence
+EOS
+
 # Returns a task's calls.
 sub calls
 {
 	my ($node, $task) = @_;
 	return rows($node, <<"EOS");
-SELECT c.*, m.content AS shown, m.metadata ? 'pending' AS pending
-FROM chat.chat_tool_call AS c
-	LEFT JOIN chat.chat_message AS m ON m.session_id = c.session_id
-		AND m.sequence = c.sequence
+SELECT $call_columns FROM $call_tables
 WHERE c.task_id = '$task' ORDER BY c.step, c.position
+EOS
+}
+
+# Returns the turns of tasks that have ended.
+sub turns_of
+{
+	my ($node, @tasks) = @_;
+	my $list = join ', ', map { literal($_) } @tasks;
+
+	return rows($node, <<"EOS");
+SELECT t.*, t.id AS task, t.session_id AS session,
+	chat.task_snapshot(t.id) AS snapshot,
+	(SELECT count(*) FROM chat.chat_job AS j WHERE j.task_id = t.id) AS jobs,
+	(SELECT json_agg(m ORDER BY m.sequence) FROM chat.chat_message AS m
+	WHERE m.session_id = t.session_id AND m.task_id = t.id) AS messages,
+	(SELECT json_agg(e.payload ORDER BY e.seq) FROM chat.chat_event AS e
+	WHERE e.task_id = t.id) AS events,
+	(SELECT coalesce(json_agg(d ORDER BY d.step, d.position), '[]') FROM
+		(SELECT $call_columns FROM $call_tables
+		WHERE c.task_id = t.id) AS d) AS calls
+FROM chat.chat_task AS t WHERE t.id IN ($list)
 EOS
 }
 
@@ -222,23 +252,19 @@ sub message_faults
 sub faults
 {
 	my ($turn, $node) = @_;
-	my $left = row($node, <<"EOS");
-SELECT (SELECT count(*) FROM chat.chat_job WHERE task_id = '$turn->{task}') AS jobs,
-	(SELECT count(*) FROM chat.chat_tool_progress) AS progress,
-	chat.task_snapshot('$turn->{task}') AS snapshot
-EOS
-	my @calls = calls($node, $turn->{task});
+	($turn) = turns_of($node, $turn->{task}) unless $turn->{calls};
+	my @calls = @{ $turn->{calls} };
 	my @faults = (event_faults(@{ $turn->{events} }),
 		message_faults($turn->{messages}, @calls));
 	my %shown = map { $_->{toolCallId} => $_->{state} }
-	  grep { $_->{toolCallId} } @{ $left->{snapshot}{message}{parts} };
+	  grep { $_->{toolCallId} } @{ $turn->{snapshot}{message}{parts} };
 	my %want = (
 		completed => 'output-available',
 		denied => 'output-denied',
 		failed => 'output-error',
 		cancelled => 'output-error');
 
-	push @faults, "$left->{jobs} jobs are left" if $left->{jobs};
+	push @faults, "$turn->{jobs} jobs are left" if $turn->{jobs};
 	foreach my $c (@calls)
 	{
 		my $state = $shown{ $c->{call_id} } // 'none';
