@@ -1093,6 +1093,48 @@ COMMENT ON FUNCTION chat.sse(uuid, bigint, integer, interval) IS
 'the events of a task after a sequence number as server-sent events in the pure AI SDK protocol, with [DONE] at the end';
 
 --
+-- Usage
+--
+-- Of turns, which stand on their tasks, and of all else, by day of UTC.
+--
+
+CREATE VIEW chat.usage WITH (security_invoker = true) AS
+	SELECT u.day, u.owner, u.user_id, u.server, u.model, u.kind,
+		pg_catalog.sum(u.requests)::bigint AS requests,
+		pg_catalog.sum(u.prompt_tokens)::bigint AS prompt_tokens,
+		pg_catalog.sum(u.completion_tokens)::bigint AS completion_tokens,
+		pg_catalog.sum(u.cached_tokens)::bigint AS cached_tokens,
+		pg_catalog.sum(u.reasoning_tokens)::bigint AS reasoning_tokens,
+		pg_catalog.bool_or(u.estimated) AS estimated,
+		(pg_catalog.sum(u.prompt_tokens) * p.input
+			+ pg_catalog.sum(u.completion_tokens) * p.output) / 1000000 AS cost
+	FROM (
+		SELECT (COALESCE(t.finished_at, t.started_at) AT TIME ZONE 'UTC')::date AS day,
+			s.owner, s.user_id, t.server, t.model, 'completion' AS kind,
+			t.steps AS requests, t.prompt_tokens, t.completion_tokens,
+			COALESCE((t.usage ->> 'cached_tokens')::bigint, 0) AS cached_tokens,
+			COALESCE((t.usage ->> 'reasoning_tokens')::bigint, 0) AS reasoning_tokens,
+			COALESCE((t.usage ->> 'estimated')::boolean, false) AS estimated
+		FROM chat.chat_task AS t
+			JOIN chat.chat_session AS s ON s.id = t.session_id
+		WHERE t.usage IS NOT NULL
+		UNION ALL
+		SELECT (u.created_at AT TIME ZONE 'UTC')::date, u.owner, u.user_id,
+			u.server, u.model, u.kind, u.requests, u.prompt_tokens,
+			u.completion_tokens, u.cached_tokens, u.reasoning_tokens, u.estimated
+		FROM chat.chat_usage AS u) AS u
+		LEFT JOIN LATERAL (
+			SELECT pg_catalog.max(o.option_value::numeric)
+					FILTER (WHERE o.option_name = 'input_price') AS input,
+				pg_catalog.max(o.option_value::numeric)
+					FILTER (WHERE o.option_name = 'output_price') AS output
+			FROM pg_catalog.pg_foreign_server AS f,
+				pg_catalog.pg_options_to_table(f.srvoptions) AS o
+			WHERE f.srvname = u.server) AS p ON true
+	GROUP BY u.day, u.owner, u.user_id, u.server, u.model, u.kind, p.input, p.output;
+COMMENT ON VIEW chat.usage IS 'tokens by day, role, user, server, model and kind; with costs where the server says what they are';
+
+--
 -- Prompts
 --
 -- Templates of system prompts.  A version never changes; labels move from

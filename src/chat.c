@@ -28,6 +28,7 @@
 #include "title.h"
 #include "tool.h"
 #include "turn.h"
+#include "usage.h"
 #include "user.h"
 #include "window.h"
 #include "worker.h"
@@ -52,6 +53,7 @@ _PG_init(void)
 	chat_task_init();
 	chat_turn_init();
 	chat_tool_init();
+	chat_usage_init();
 	chat_user_init();
 	chat_prompt_init();
 	chat_title_init();

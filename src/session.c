@@ -29,6 +29,7 @@
 #include "message.h"
 #include "session.h"
 #include "shmem.h"
+#include "usage.h"
 
 /* The columns of a session as a document or create_chat_session() gives it. */
 typedef enum DocumentColumn
@@ -605,6 +606,7 @@ chat_session_delete(PG_FUNCTION_ARGS)
 	found = chat_db_exec(&lock_session_of_user, values, nulls) > 0;
 	if (found)
 	{
+		chat_usage_keep(DatumGetUUIDP(values[0]));
 		chat_db_exec(&delete_events, values, NULL);
 		chat_db_exec(&delete_session, values, NULL);
 		/* whoever waits for one of its tasks waits in vain */

@@ -29,6 +29,7 @@
 #include "session.h"
 #include "shmem.h"
 #include "task.h"
+#include "usage.h"
 
 /* how long ask() waits before it looks whether a worker lives, in ms */
 #define ASK_SLICE 5000
@@ -384,6 +385,7 @@ chat_task_queue(const ChatScope *scope, const ChatCall *c)
 	if (find_earlier(c, &task))
 		return task;
 	chat_server_check(server, owner, call_model(c, model));
+	chat_usage_check(c->session);
 	make_room(c);
 	values[0] = UUIDPGetDatum(c->session);
 	values[1] = UUIDPGetDatum(c->message_id);

@@ -28,6 +28,7 @@
 #include "server.h"
 #include "shmem.h"
 #include "title.h"
+#include "usage.h"
 
 /* of the question this much is shown to the model, in characters */
 #define MAX_QUESTION 500
@@ -173,6 +174,7 @@ chat_generate_session_title(PG_FUNCTION_ARGS)
 		if (server == NULL)
 			server = chat_server_default;
 		chat_server_check(server, owner, "any");
+		chat_usage_check(PG_GETARG_UUID_P(0));
 		values[1] = CStringGetTextDatum(server);
 		values[2] = ObjectIdGetDatum(owner);
 		values[3] = ObjectIdGetDatum(MyDatabaseId);

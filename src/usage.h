@@ -1,0 +1,21 @@
+/*
+ * usage.h
+ *		What users have used, and how much they may.
+ */
+#ifndef CHAT_USAGE_H
+#define CHAT_USAGE_H
+
+#include "postgres.h"
+
+#include "utils/uuid.h"
+
+/* Declares the settings of usage. */
+extern void chat_usage_init(void);
+
+/* Raises an error when the user of a session has used up the day's tokens. */
+extern void chat_usage_check(const pg_uuid_t *session);
+
+/* Keeps what a session has used that is about to be deleted. */
+extern void chat_usage_keep(const pg_uuid_t *session);
+
+#endif							/* CHAT_USAGE_H */

@@ -1,0 +1,116 @@
+# Is everything that is used counted, and are budgets kept?
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+use ChatTest;
+use Test::More;
+
+my $fake = start_fake();
+my $node = chat_cluster('main');
+
+create_server($node, $fake, input_price => '2.5', output_price => '10',
+	max_tokens_per_task => 500);
+$node->safe_psql('postgres', server_sql($fake->port, name => 'free'));
+
+# Returns the rows of the view for a user.
+sub usage
+{
+	my ($user) = @_;
+	return rows($node, 'SELECT server, kind, model, requests, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, estimated, cost FROM chat.usage WHERE user_id = '
+		  . literal($user) . ' ORDER BY server, kind');
+}
+
+# Makes a turn and returns its task.
+sub turn
+{
+	my ($id, $message, %args) = @_;
+	return wait_for_task($node, ask($node, $id, $message, %args));
+}
+
+# by user, server, model, kind
+my $s = create_session($node, user_id => 'ada')->{id};
+turn($s, 'a [[tokens=1 prompt_tokens=100 completion_tokens=20 cached=40 reasoning_tokens=5]]');
+turn($s, 'b [[tokens=1 prompt_tokens=60 completion_tokens=10]]');
+my $f = create_session($node, user_id => 'ada', server => 'free')->{id};
+turn($f, 'c [[tokens=8 usage=none]]');
+my ($paid, $free) = (grep { $_->{server} eq 'fake' } usage('ada')), (grep { $_->{server} eq 'free' } usage('ada'));
+is_deeply([ @$paid{qw(kind model requests prompt_tokens completion_tokens cached_tokens reasoning_tokens)} ],
+	[ 'completion', 'fake-1', 2, 160, 30, 40, 5 ], 'the turns of a server add up');
+cmp_ok(abs($paid->{cost} - (160 * 2.5 + 30 * 10) / 1e6), '<', 1e-9, 'to what they cost');
+is($paid->{estimated}, JSON::PP::false, 'the endpoint has counted them');
+($free) = grep { $_->{server} eq 'free' } usage('ada');
+is($free->{cost}, undef, 'a server without prices');
+is($free->{estimated}, JSON::PP::true, 'one that does not count');
+cmp_ok($free->{prompt_tokens}, '>', 0, 'is guessed at');
+is(scalar usage('bob'), 0, "nobody else's");
+
+# a failed turn, a cancelled one
+my $e = create_session($node, user_id => 'eve')->{id};
+turn($e, 'x [[status=400]]');
+is((usage('eve'))[0]{prompt_tokens}, 0, 'a request that was refused has cost nothing');
+my $task = ask($node, $e, 'y [[tokens=5 gateat=3:stop]]');
+$fake->wait_at_gate('stop');
+$node->safe_psql('postgres', "SELECT chat.cancel_task('$task')");
+wait_for_task($node, $task);
+my ($eve) = usage('eve');
+cmp_ok($eve->{prompt_tokens}, '>', 0, 'one that was broken off has');
+is($eve->{estimated}, JSON::PP::true, 'about');
+
+# deleting a session gives nothing back
+my @before = usage('ada');
+$node->safe_psql('postgres', "SELECT chat.delete_chat_session('$s')");
+is_deeply([ usage('ada') ], \@before, 'what a deleted session has used stays');
+
+# by rights
+$node->safe_psql('postgres', "CREATE ROLE other; SELECT chat.grant_usage('other')");
+is($node->safe_psql('postgres', 'SET ROLE other; SELECT count(*) FROM chat.usage'), 0, "another role's is not seen");
+is($node->safe_psql('postgres', "SET chat.user_id = 'bob'; SET ROLE other; SELECT count(*) FROM chat.usage"), 0, "nor another user's");
+
+# max_tokens_per_task: before the request
+my $limited = create_session($node, settings => '{"max_tokens_per_task": 100000}')->{id};
+$fake->forget;
+my $t = turn($limited, 'z ' . 'many words ' x 1000);
+is($t->{status}, 'failed', 'a request larger than the budget of a task');
+is($t->{error}{code}, 'limit_reached', 'reaches the limit');
+like($t->{error}{message}, qr/max_tokens_per_task is 500$/, "the server's, which a session cannot raise");
+is(scalar $fake->completions, 0, 'before any request');
+is(turn($limited, 'ok [[tokens=1]]', options => '{"max_tokens_per_task": 5}')->{error}{code} // '', 'limit_reached', 'but lower');
+
+# ... and between steps
+$node->safe_psql('postgres', <<'EOS');
+CREATE FUNCTION public.noop() RETURNS text LANGUAGE sql AS $$ SELECT 'done' $$;
+SET chat.enable_superuser_tools = on;
+SELECT chat.register_tool('public.noop()', description => 'nothing');
+EOS
+my $steps = create_session($node, server => 'free', settings => '{"max_tokens_per_task": 600}')->{id};
+$node->append_conf('postgresql.conf', 'chat.enable_superuser_tools = on');
+$node->reload;
+$fake->forget;
+$t = turn($steps, 'loop [[tool=noop args={} steps=9 prompt_tokens=250 completion_tokens=10]]');
+is($t->{error}{code}, 'limit_reached', 'a task ends between steps');
+cmp_ok($t->{prompt_tokens} + $t->{completion_tokens}, '<=', 600, 'within its budget');
+is(scalar $fake->completions, 2, 'after the steps that it had room for');
+is(row($node, "SELECT count(*) AS n FROM chat.chat_message WHERE session_id = '$steps' AND role = 'tool'")->{n}, 2,
+	'whose results are stored');
+
+# the limit of a day
+$node->safe_psql('postgres', 'ALTER DATABASE postgres SET chat.max_tokens_per_user_per_day = 300');
+my $d = create_session($node, user_id => 'dan', server => 'free')->{id};
+is(turn($d, 'a [[tokens=1 prompt_tokens=290 completion_tokens=9]]')->{status}, 'completed', 'a user below the limit of a day');
+is(turn($d, 'b [[tokens=1 prompt_tokens=1 completion_tokens=1]]')->{status}, 'completed', 'one token is left');
+my $d2 = create_session($node, user_id => 'dan', server => 'free')->{id};
+foreach my $id ($d, $d2)
+{
+	my ($rc, $out, $err) = $node->psql('postgres', "SELECT chat.stream_chat_completion('$id', 'c')", on_error_stop => 1, extra_params => ['-v', 'VERBOSITY=verbose']);
+	like($err, qr/ERROR:  53400: the user's tokens of this day are used up\nDETAIL:  They are 301; chat.max_tokens_per_user_per_day is 300/, 'above it: an error');
+}
+$node->safe_psql('postgres', "SELECT chat.delete_chat_session('$d')");
+my ($rc, $out, $err) = $node->psql('postgres', "SELECT chat.stream_chat_completion('$d2', 'c')");
+like($err, qr/They are 301/, 'deleting a session does not help');
+is(turn(create_session($node, user_id => 'dora', server => 'free')->{id}, 'a [[tokens=1]]')->{status}, 'completed', "others' limits are their own");
+is(turn(create_session($node, server => 'free')->{id}, 'a [[tokens=1]]')->{status}, 'completed', 'nobody in particular has none');
+
+done_testing();
