@@ -1979,7 +1979,9 @@ chat_worker_main(Datum slot)
 			flush();
 		if (turns_due)
 			turn();
-		if (claim_is_due(now))
+		/* what we waited for may have changed more than what we did */
+		if (claim_is_due(now) &&
+			pg_atomic_read_u32(&chat_slot->recheck) == 0)
 		{
 			check_clock(now);
 			claim();

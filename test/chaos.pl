@@ -40,7 +40,7 @@ GetOptions('seconds=i' => \$seconds, 'seed=i' => \$seed)
 
 use constant ROUND => 15;    # seconds of turmoil before each check
 use constant SESSIONS => 25;    # of a round
-use constant SETTLE => 60;    # seconds after which a turn is stuck
+use constant SETTLE => 60;    # seconds without any progress: a turn is stuck
 use constant OPEN => 60;    # turns that may be unfinished
 use constant LISTENERS => 3;
 
@@ -328,15 +328,22 @@ sub violation
 # Waits until all turns have ended.
 sub settle
 {
-	my $until = time() + SETTLE;
+	my ($until, $before) = (time() + SETTLE, '');
 
 	for (;;)
 	{
 		listen_all();
-		my (undef, $left) = try_sql(operations_sql(1)
-			  . "\\o\nSELECT 'left', count(*) FROM chat.chat_task WHERE"
-			  . ' finished_at IS NULL');
-		return if $left =~ /^left\|0$/m;
+		my (undef, $out) = try_sql(operations_sql(1) . <<'EOS');
+SELECT 'left', count(*) FILTER (WHERE finished_at IS NULL), sum(steps),
+	count(*), (SELECT count(*) FROM chat.chat_tool_call
+		WHERE ended_at IS NOT NULL)
+FROM chat.chat_task;
+EOS
+		my ($state) = $out =~ /^(left\|.*)$/m;
+		return if ($state // '') =~ /^left\|0\|/;
+		# however slow the machine is
+		($until, $before) = (time() + SETTLE, $state)
+		  if defined $state && $state ne $before;
 		last if time() > $until;
 		select undef, undef, undef, 0.1;
 	}

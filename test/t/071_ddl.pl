@@ -298,8 +298,11 @@ $by->check($what, undisturbed => 1);
 $what = 'ALTER DATABASE RENAME';
 $by = ChatTest::Bystander->new($node, $fake);
 ($task, $session) = start_victim($db);
+$pid = wait_for_worker($node, $db);
 $node->safe_psql('postgres', "ALTER DATABASE $db RENAME TO renamed");
 $db = 'renamed';
+# until the process is gone its stream stands at the gate
+wait_gone($pid);
 $fake->wait_at_gate('v');
 is( row($node, "SELECT attempts, crashes FROM chat.chat_job", $db)->{attempts},
 	1, "$what: the attempt was given back");
@@ -312,9 +315,11 @@ $by->check($what, undisturbed => 1);
 $what = 'ALTER DATABASE RENAME that fails';
 $by = ChatTest::Bystander->new($node, $fake);
 ($task, $session) = start_victim($db);
+$pid = wait_for_worker($node, $db);
 my (undef, undef, $error) =
   $node->psql('postgres', "ALTER DATABASE $db RENAME TO postgres");
 like($error, qr/already exists/, $what);
+wait_gone($pid);
 $fake->wait_at_gate('v');
 $fake->open_gate('v');
 ended($what, $task, 'completed', undef, 'user assistant', $db);
@@ -326,7 +331,8 @@ $by = ChatTest::Bystander->new($node, $fake);
 $pid = wait_for_worker($node, $db);
 $aborts = $fake->stats->{aborted};
 $node->safe_psql('postgres', "DROP DATABASE $db");
-ok(!-e "/proc/$pid", "$what: the worker was gone before");
+wait_gone($pid);
+pass("$what: the worker has ended");
 aborted($what, $aborts);
 is( row($node, "SELECT count(*) FROM pg_database WHERE datname = '$db'")
 	  ->{count}, 0, $what);
