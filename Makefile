@@ -14,7 +14,7 @@
 PG_CONFIG ?= pg_config
 
 # Goals that work without any PostgreSQL; the rest is PGXS's.
-FRONT = check check-aimock chaos demo bench
+FRONT = check check-aimock check-asan chaos demo bench
 
 ifneq (,$(filter $(FRONT),$(MAKECMDGOALS)))
 
