@@ -80,6 +80,14 @@
 	pg_database_aclcheck(MyDatabaseId, (role), ACL_CONNECT)
 #endif
 
+#if PG_VERSION_NUM >= 160000
+#define chat_database_owned(database, role) \
+	object_ownercheck(DatabaseRelationId, (database), (role))
+#else
+#define chat_database_owned(database, role) \
+	pg_database_ownercheck((database), (role))
+#endif
+
 #if PG_VERSION_NUM >= 180000
 #define CHAT_MODULE_MAGIC PG_MODULE_MAGIC_EXT(.name = "chat", .version = CHAT_VERSION)
 #else

@@ -39,6 +39,7 @@
 #include "storage/proc.h"
 #include "tcop/tcopprot.h"
 #include "tcop/utility.h"
+#include "utils/acl.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -217,6 +218,25 @@ exclusive_database(Node *stmt)
 	return NULL;
 }
 
+/*
+ * Returns the database that a statement needs for itself, if it may have it:
+ * workers do not leave one because of a statement that fails at once.
+ */
+static Oid
+database_to_leave(Node *stmt)
+{
+	const char *name = exclusive_database(stmt);
+	Oid			database = name ? get_database_oid(name, true) : InvalidOid;
+
+	if (!OidIsValid(database) || database == MyDatabaseId ||
+		!chat_database_owned(database, GetUserId()))
+		return InvalidOid;
+	/* all but RENAME refuse to run in a transaction block */
+	if (!IsA(stmt, RenameStmt) && IsTransactionBlock())
+		return InvalidOid;
+	return database;
+}
+
 /* True if a statement may have committed what another backend prepared. */
 static bool
 is_commit_prepared(Node *stmt)
@@ -246,11 +266,13 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 		   QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc)
 {
 	Node	   *stmt = pstmt->utilityStmt;
-	const char *name = exclusive_database(stmt);
-	Oid			database = name ? get_database_oid(name, true) : InvalidOid;
+	Oid			database = database_to_leave(stmt);
 	bool		rings = is_commit_prepared(stmt);
+	/* a statement that ends a transaction may free itself */
+	char	   *creates = IsA(stmt, CreatedbStmt)
+		? pstrdup(((CreatedbStmt *) stmt)->dbname) : NULL;
 
-	if (OidIsValid(database) && database != MyDatabaseId &&
+	if (OidIsValid(database) &&
 		nkept_out < CHAT_MAX_BLOCKED && block_database(database))
 	{
 		kept_out[nkept_out++] = database;
@@ -264,10 +286,10 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 		if (OidIsValid(get_extension_oid("chat", true)))
 			chat_shmem_changed(MyDatabaseId);
 	}
-	if (IsA(stmt, CreatedbStmt))
+	if (creates)
 	{
 		CommandCounterIncrement();
-		created = get_database_oid(((CreatedbStmt *) stmt)->dbname, true);
+		created = get_database_oid(creates, true);
 	}
 }
 

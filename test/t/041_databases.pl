@@ -53,6 +53,26 @@ $guest->quit;
 $fake->get_json('/gate/g?wait=50');
 pass('lets the worker in again, its jobs go on');
 
+# one that fails at once does not even make the worker leave
+my $pids = "SELECT pid FROM pg_stat_activity WHERE datname = 'stays'"
+  . " AND backend_type = 'chat worker'";
+my $before = $node->safe_psql('postgres', $pids);
+$node->safe_psql('postgres', 'CREATE ROLE stranger CREATEDB');
+foreach my $statement (
+	'DROP DATABASE stays',
+	'ALTER DATABASE stays RENAME TO mine',
+	'ALTER DATABASE stays SET TABLESPACE pg_default',
+	'CREATE DATABASE mine TEMPLATE stays')
+{
+	(undef, undef, $err) = $node->psql('postgres',
+		"SET ROLE stranger; $statement");
+	like($err, qr/must be owner|permission denied/, "$statement by a stranger");
+}
+(undef, undef, $err) =
+  $node->psql('postgres', 'BEGIN; DROP DATABASE stays; COMMIT');
+like($err, qr/cannot run inside a transaction block/, 'DROP DATABASE in a block');
+is($node->safe_psql('postgres', $pids), $before, 'leaves the worker where it is');
+
 # RENAME and TEMPLATE with streams open; the jobs go on afterwards
 $node->safe_psql('postgres', 'ALTER DATABASE stays RENAME TO renamed');
 $fake->get_json('/gate/g?wait=50');
@@ -63,7 +83,7 @@ is( $node->safe_psql('postgres',
 	1, 'the worker is in the renamed database');
 my $queued = $node->safe_psql('renamed', "SELECT chat.stream_chat_completion("
 	  . "session_id, 'queued [[tokens=1]]') FROM chat.chat_task LIMIT 1");
-my $before = $fake->stats->{requests};
+$before = $fake->stats->{requests};
 $node->safe_psql('postgres', 'CREATE DATABASE copy TEMPLATE renamed');
 $fake->get_json('/gate/g?wait=50');
 is($fake->stats->{requests} - $before, 50, 'CREATE DATABASE TEMPLATE');
