@@ -9,10 +9,11 @@ use lib "$FindBin::RealBin/lib";
 use ChatTest;
 use ChatTest::Crash;
 use ChatTest::Tools;
+use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $fake = start_fake();
-my $node = tool_cluster($fake);
+my $node = tool_cluster($fake, "log_min_messages = debug1\njit = on");
 
 # Creates functions of schema app; registers for ann what CREATE FUNCTION (not
 # CREATE OR REPLACE) makes.
@@ -391,6 +392,8 @@ EOS
 is_deeply([ call(die => { times => 2 }) ], ['at last'], 'a call whose process ends runs again');
 is_deeply([ map { $_->{id} } rows($node, 'SELECT id FROM app.item WHERE id > 100') ], [103], '  and has its effect once');
 is((call(die => { times => 1000 }))[0][0], 'tool_unknown_outcome', 'not for ever');
+
+unlike(slurp_file($node->logfile), qr/JIT provider/, 'none of our statements is compiled: that would take seconds');
 
 $gate->quit;
 $node->stop;
