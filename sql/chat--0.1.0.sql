@@ -1161,6 +1161,32 @@ ALTER TABLE chat.chat_prompt ENABLE ROW LEVEL SECURITY;
 CREATE POLICY visible ON chat.chat_prompt FOR SELECT USING (
 	owner IS NULL OR pg_catalog.pg_has_role(owner, 'USAGE'));
 
+-- Prompts of the prompt server, as the worker has fetched them.
+CREATE TABLE chat.chat_prompt_cache (
+	server name NOT NULL,
+	name text NOT NULL,
+	label text NOT NULL,
+	-- null: it could not be had yet
+	template text,
+	version integer,
+	fetched_at timestamptz,
+	tried_at timestamptz NOT NULL,
+	error text,
+	PRIMARY KEY (server, name, label)
+);
+COMMENT ON TABLE chat.chat_prompt_cache IS 'prompts as the server in chat.prompt_server had them last';
+-- what has no policy shows nothing, whatever a DBA grants by mistake
+ALTER TABLE chat.chat_prompt_cache ENABLE ROW LEVEL SECURITY;
+
+CREATE FUNCTION chat.chat_langfuse_validator(options text[], catalog oid)
+	RETURNS void
+	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'chat_langfuse_validator';
+COMMENT ON FUNCTION chat.chat_langfuse_validator(text[], oid) IS
+	'checks the options of servers and user mappings of wrapper chat_langfuse';
+CREATE FOREIGN DATA WRAPPER chat_langfuse VALIDATOR chat.chat_langfuse_validator;
+COMMENT ON FOREIGN DATA WRAPPER chat_langfuse IS
+	'Langfuse servers that have prompts';
+
 CREATE FUNCTION chat.set_prompt(
 	name text,
 	template text,
@@ -1408,7 +1434,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
 			'create_search_index', 'server_statistics',
 			'grant_callback', 'reassign_owner', 'add_usage', 'pause', 'resume', 'drain',
-			'chat_llm_validator', 'chat_tool_validator']::name[] AS names),
+			'chat_llm_validator', 'chat_tool_validator',
+			'chat_langfuse_validator']::name[] AS names),
 	member AS (
 		SELECT d.classid, d.objid
 		FROM pg_depend AS d

@@ -56,6 +56,7 @@ _PG_init(void)
 	chat_usage_init();
 	chat_user_init();
 	chat_prompt_init();
+	chat_langfuse_init();
 	chat_title_init();
 	chat_window_init();
 	chat_worker_init();

@@ -259,6 +259,7 @@ typedef struct Turn
 	Oid			owner;
 	const char *user_id;
 	const pg_uuid_t *session;
+	ChatPromptFetch *fetch;		/* of a worker, else NULL */
 } Turn;
 
 /* Returns what the session says of a variable, NULL if nothing. */
@@ -373,12 +374,21 @@ static char *
 find(const Turn *turn, const char *prompt, char **name, int *version)
 {
 	Datum		values[2];
+	char	   *template = chat_langfuse_find(prompt, turn->fetch, version);
 
+	if (turn->fetch && turn->fetch->wait)
+		return NULL;
+	*name = pstrdup(prompt);
+	if (template)
+		return template;
 	values[0] = CStringGetTextDatum(prompt);
 	values[1] = ObjectIdGetDatum(turn->owner);
 	if (chat_db_exec(&find_prompt, values, NULL) == 0)
+	{
+		*name = NULL;
+		*version = 0;
 		return NULL;
-	*name = pstrdup(prompt);
+	}
 	*version = chat_db_int32(0, 2, 0);
 	return chat_db_text(0, 1);
 }
@@ -418,7 +428,7 @@ choose(const Turn *turn, const char *setting, char **name, int *version)
 		if (names[i][0] == '\0')
 			return NULL;
 		template = find(turn, names[i], name, version);
-		if (template)
+		if (template || (turn->fetch && turn->fetch->wait))
 			return template;
 		/* that nobody stored a default is no mistake */
 		if (strcmp(names[i], "default") != 0)
@@ -433,10 +443,11 @@ choose(const Turn *turn, const char *setting, char **name, int *version)
  */
 char *
 chat_prompt_build(Oid owner, const char *user_id, const pg_uuid_t *session,
-				  const char *setting, char **name, int *version)
+				  const char *setting, ChatPromptFetch *fetch, char **name,
+				  int *version)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	Turn		turn = {owner, user_id, session};
+	Turn		turn = {owner, user_id, session, fetch};
 	char	   *text;
 
 	*name = NULL;
@@ -515,7 +526,7 @@ chat_build_system_prompt(PG_FUNCTION_ARGS)
 		}
 	}
 	if (visible)
-		text = chat_prompt_build(owner, user, session, setting, &name,
+		text = chat_prompt_build(owner, user, session, setting, NULL, &name,
 								 &version);
 	if (text)
 		result = SPI_datumTransfer(CStringGetTextDatum(text), false, -1);

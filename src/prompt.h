@@ -7,6 +7,7 @@
 
 #include "postgres.h"
 
+#include "langfuse.h"
 #include "utils/uuid.h"
 
 /* Declares the settings of prompts. */
@@ -18,11 +19,14 @@ extern void chat_prompt_init(void);
  * setting "prompt", NULL = none.  NULL is returned when that, or else
  * chat.default_prompt, is empty: no system prompt.  *name and *version say
  * which was used, NULL and 0 the built-in one.  user_id and session may be
- * NULL.  What is returned is in the caller's memory context.
+ * NULL.  A worker says by fetch how it goes about the prompt server, and has
+ * to wait when that says so; others pass NULL.  What is returned is in the
+ * caller's memory context.
  */
 extern char *chat_prompt_build(Oid owner, const char *user_id,
 							   const pg_uuid_t *session, const char *setting,
-							   char **name, int *version);
+							   ChatPromptFetch *fetch, char **name,
+							   int *version);
 
 /*
  * Records on n tasks which prompt they used, in one statement; those whose

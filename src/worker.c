@@ -841,10 +841,10 @@ typedef struct Claim
 
 /* Builds a job's system prompt and notes which one it was. */
 static char *
-system_prompt(ChatStream *s, const ChatJob *job)
+system_prompt(ChatStream *s, const ChatJob *job, ChatPromptFetch *fetch)
 {
 	return chat_prompt_build(job->owner, job->user_id, &job->session,
-							 chat_context_setting(job, "prompt"),
+							 chat_context_setting(job, "prompt"), fetch,
 							 &s->prompt_name, &s->prompt_version);
 }
 
@@ -901,9 +901,16 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 			  const char *tools)
 {
 	ChatWindowFrame frame = {.tools = tools};
+	ChatPromptFetch fetch = {false, false};
 	char	   *status;
 
-	frame.system = system_prompt(s, job);
+	fetch.waited = (job->waited & CHAT_WAITED_PROMPT) != 0;
+	frame.system = system_prompt(s, job, &fetch);
+	if (fetch.wait)
+	{
+		defer(s, CHAT_WAITED_PROMPT, CHAT_PROMPT_WAIT);
+		return;
+	}
 	chat_summary_insert(job, context);
 	chat_window_fit(job, s->server, &frame, context, &s->window);
 	s->prompt_estimate = s->window.tokens;
@@ -1231,6 +1238,7 @@ claim_committed(Claim *c)
 			open_stream(s);
 		chat_shmem_publish(&s->job.task);
 	}
+	chat_side_open(true);
 	if (c->n > 0)
 		check_due = Min(check_due, now + 1);
 }
@@ -1289,6 +1297,7 @@ undo_claim(Claim *c)
 	for (int i = 0; i < c->n; i++)
 		if (c->streams[i])
 			chat_stream_free(c->streams[i]);
+	chat_side_open(false);
 }
 
 /* Takes jobs from the queue. */
