@@ -41,6 +41,18 @@ our @EXPORT = qw(
 
 my $json = JSON::PP->new->allow_nonref->canonical;
 
+# Names of assertions may hold any character; from 17 on the module that
+# writes them to the log as well dies of wide ones.
+INIT
+{
+	foreach my $what (qw(output failure_output))
+	{
+		my $fh = Test::More->builder->$what;
+		my $tee = tied *$fh or next;
+		binmode $_, ':encoding(UTF-8)' foreach @$tee;
+	}
+}
+
 # Decodes JSON; the text is characters, as psql printed or a socket sent it.
 sub decode
 {
