@@ -345,13 +345,19 @@ CHAT_STMT(release_jobs,
 		  BOOLARRAYOID, INT8ARRAYOID, INT4ARRAYOID, INT4ARRAYOID,
 		  INT8ARRAYOID);
 
-/* $1 database, $2 identities of the living */
+/* $1 database */
+CHAT_STMT(list_holders,
+		  "SELECT DISTINCT holder FROM chat.chat_job"
+		  " WHERE database = $1 AND holder IS NOT NULL",
+		  OIDOID);
+
+/* $1 database, $2 identities of the dead */
 CHAT_STMT(adopt_orphans,
 		  "UPDATE chat.chat_job SET holder = NULL, crashes = crashes + 1,"
 		  " attempts = attempts - 1,"
 		  " rerun = true, reset = true, run_at = '-infinity'"
 		  " WHERE database = $1 AND holder IS NOT NULL AND kind <> 'tool'"
-		  " AND holder <> ALL ($2)",
+		  " AND holder = ANY ($2)",
 		  OIDOID, INT8ARRAYOID);
 
 /* $1 jobs that a worker was at work on when it crashed */
@@ -371,7 +377,7 @@ CHAT_STMT(adopt_calls,
 		  " FROM chat.chat_job AS j JOIN chat.chat_tool_call AS c"
 		  "  ON c.operation_id = j.operation_id"
 		  " WHERE j.database = $1 AND j.kind = 'tool'"
-		  "  AND j.holder IS NOT NULL AND j.holder <> ALL ($2)"
+		  "  AND j.holder = ANY ($2)"
 		  "), again AS ("
 		  " UPDATE chat.chat_job AS j SET holder = NULL,"
 		  "  crashes = j.crashes + 1, run_at = '-infinity'"
@@ -721,20 +727,36 @@ chat_queue_blame(const int64 *jobs, int n)
 }
 
 /*
- * Frees the jobs whose holder does not live; returns how many.  A tool call
+ * Lists who holds jobs; returns how many.  Who lives is asked afterwards: a
+ * worker that comes in between is not seen here, and not taken for dead.
+ */
+int
+chat_queue_holders(int64 **holders)
+{
+	Datum		params[1] = {ObjectIdGetDatum(MyDatabaseId)};
+	int			n = (int) chat_db_exec(&list_holders, params, NULL);
+
+	*holders = palloc(sizeof(int64) * Max(n, 1));
+	for (int i = 0; i < n; i++)
+		(*holders)[i] = chat_db_int64(i, 1, 0);
+	return n;
+}
+
+/*
+ * Frees the jobs of holders that are dead; returns how many.  A tool call
  * that has lost so many workers fails.
  */
 int
-chat_queue_adopt(const int64 *live, int nlive, int max_crashes)
+chat_queue_adopt(const int64 *dead, int ndead, int max_crashes)
 {
-	Datum	   *values = palloc(sizeof(Datum) * Max(nlive, 1));
+	Datum	   *values = palloc(sizeof(Datum) * Max(ndead, 1));
 	Datum		params[3];
 	int			n;
 
-	for (int i = 0; i < nlive; i++)
-		values[i] = Int64GetDatum(live[i]);
+	for (int i = 0; i < ndead; i++)
+		values[i] = Int64GetDatum(dead[i]);
 	params[0] = ObjectIdGetDatum(MyDatabaseId);
-	params[1] = chat_db_array(&chat_int8s, values, nlive);
+	params[1] = chat_db_array(&chat_int8s, values, ndead);
 	params[2] = Int32GetDatum(max_crashes);
 	n = (int) chat_db_exec(&adopt_orphans, params, NULL);
 	return n + (int) chat_db_exec(&adopt_calls, params, NULL);

@@ -134,7 +134,8 @@ extern int	chat_queue_claim(const ChatClaim *claim, ChatJob **jobs,
 extern void chat_queue_finish(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_release(int64 holder, ChatEnd **ends, int n);
 extern void chat_queue_move(int64 ms);
-extern int	chat_queue_adopt(const int64 *live, int nlive, int max_crashes);
+extern int	chat_queue_holders(int64 **holders);
+extern int	chat_queue_adopt(const int64 *dead, int ndead, int max_crashes);
 extern void chat_queue_blame(const int64 *jobs, int n);
 extern int	chat_queue_strays(ChatStray **strays, bool *skipped);
 extern int	chat_queue_held(int64 holder, int64 **ids, int64 **epochs,

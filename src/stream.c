@@ -1081,6 +1081,9 @@ chat_stream_receive(ChatStream *s)
 		edata = CopyErrorData();
 		FlushErrorState();
 		MemoryContextReset(brief);
+		/* an end that broke off is none */
+		s->ended = false;
+		chat_event_clear(&s->end_log);
 		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false,
 						 s->transfer->status, edata->message);
 	}

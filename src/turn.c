@@ -697,6 +697,9 @@ look_at_call(Turn *t, Call *c, TimestampTz now)
 	if (!is_end(c->status) && (t->job.cancel || c->deadline <= now))
 	{
 		chat_shmem_cancel_operation(&c->operation);
+		/* its request ends when its job is seen to be gone */
+		if (strcmp(c->kind, "http") == 0)
+			pg_atomic_write_u32(&chat_slot->recheck, 1);
 		if (t->job.cancel)
 			end_call(c, "cancelled", "the task was cancelled", "cancelled");
 		else

@@ -1732,18 +1732,40 @@ end_strays(int64 now)
 
 /* ---------- the process ---------- */
 
+/* Leaves in holders[] those that do not live; returns how many. */
+static int
+list_dead(int64 *holders, int n)
+{
+	int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
+	int			nlive = chat_shmem_live(MyDatabaseId, live);
+	int			ndead = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		bool		lives = false;
+
+		for (int k = 0; k < nlive && !lives; k++)
+			lives = live[k] == holders[i];
+		if (!lives)
+			holders[ndead++] = holders[i];
+	}
+	return ndead;
+}
+
 /* Transaction: frees the jobs of workers that died. */
 static void
 adopt_work(void *arg)
 {
-	int64	   *live = palloc(sizeof(int64) * chat_shared->nslots);
+	int64	   *holders;
 	const int64 *jobs;
 	int			n = chat_blame_jobs(&jobs);
 
 	if (n > 0)
 		chat_queue_blame(jobs, n);
-	n = chat_queue_adopt(live, chat_shmem_live(MyDatabaseId, live),
-						 max_crashes);
+	n = chat_queue_holders(&holders);
+	n = list_dead(holders, n);
+	if (n > 0)
+		n = chat_queue_adopt(holders, n, max_crashes);
 	if (n > 0)
 		ereport(LOG,
 				(errmsg("chat worker takes up %d jobs whose worker is gone",

@@ -91,6 +91,15 @@ cmp_ok($after - $before, '<', 200, 'the worker does not spin meanwhile');
 $holder->query_safe('COMMIT');
 is(wait_for_task($node, $task)->{status}, 'completed', 'and is taken later');
 
+# a cancel ends the request of an HTTP tool, too
+($session, $task) = start($node,
+	'go [[tool=job args=%7B%22command%22:%22gate=c%22%7D steps=1]]');
+$fake->wait_at_gate('c');
+$node->safe_psql('postgres', "SELECT chat.cancel_task('$task')");
+is(wait_for_task($node, $task)->{status}, 'cancelled', 'a tool call is cancelled');
+$fake->wait_for_stats(sub { $_->{active} == 0 });
+pass('  and its request has ended');
+
 is(wait_for_worker($node), $worker, 'under one worker');
 $holder->quit;
 $node->stop;
