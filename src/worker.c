@@ -82,6 +82,8 @@
 /* a clock that was set back by less is waited for, in ms */
 #define CLOCK_SLACK 1000
 #define MIN_BACKOFF 10
+/* up to so many open streams each flush is made at once */
+#define FEW_STREAMS 4
 #define MAX_BACKOFF 1000
 #define NEVER PG_INT64_MAX
 
@@ -806,7 +808,9 @@ flush(void)
 static int64
 next_flush(void)
 {
-	int64		pace = flushed_at + Max(flush_interval, flush_took);
+	/* a few streams wait for nothing; many share their commits */
+	int			interval = nstreams <= FEW_STREAMS ? 0 : flush_interval;
+	int64		pace = flushed_at + Max(interval, flush_took);
 	int64		due = NEVER;
 	dlist_iter	iter;
 
