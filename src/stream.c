@@ -165,8 +165,10 @@ chat_stream_open(ChatStream *s)
 		explicit_bzero(headers[i], strlen(headers[i]));
 	MemoryContextSwitchTo(old);
 	MemoryContextDelete(brief);
-	pfree(s->request);
+	MemoryContextDelete(s->scratch);
+	s->scratch = NULL;
 	s->request = NULL;
+	s->prompt_name = NULL;
 }
 
 /* Ends the transfer: nothing more is wanted of the endpoint. */
@@ -787,7 +789,7 @@ complete(ChatStream *s)
 	pfree(json);
 }
 
-/* Ends a stream because somebody asked for it, and its transfer with it. */
+/* Ends a stream because somebody asked for it. */
 void
 chat_stream_cancel(ChatStream *s)
 {
@@ -807,7 +809,6 @@ chat_stream_cancel(ChatStream *s)
 		settle_message(s, &s->end, true);
 		log_metadata(s, &s->end);
 	}
-	chat_stream_close(s);
 	log_end(s, "{\"type\":\"abort\"}");
 	MemoryContextSwitchTo(old);
 }

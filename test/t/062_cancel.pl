@@ -83,12 +83,17 @@ is( row($node, "SELECT count(*) FROM chat.chat_message WHERE task_id = '$task'"
 $task = ask($node, $id, 'held [[tokens=4 gateat=2:h]]');
 $fake->wait_at_gate('h');
 $aborted = $fake->stats->{aborted};
+my $pid = wait_for_worker($node);
+pause_worker($node, $pid);
 ok(cancel($task), 'a task is cancelled');
 my $holder = session($node);
 $holder->query_safe('BEGIN');
 $holder->query_safe("SELECT FROM chat.chat_session WHERE id = '$id' FOR UPDATE");
+kill 'CONT', $pid;
 $fake->wait_for_stats(sub { $_->{aborted} == $aborted + 1 });
 pass('its connection is closed although its session is locked');
+is(row($node, "SELECT status FROM chat.chat_task WHERE id = '$task'")->{status},
+	'running', 'and its end is not stored');
 $holder->query_safe('COMMIT');
 $holder->quit;
 is(wait_for_task($node, $task)->{status}, 'cancelled', 'then its end is stored');
