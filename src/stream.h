@@ -55,6 +55,7 @@ typedef struct ChatStream
 	/* the request */
 	ChatServer *server;
 	char	   *key;			/* wiped with the stream */
+	MemoryContext scratch;		/* what made the request; until it is sent */
 	char	   *request;		/* body, until it is sent */
 	int			request_len;
 	int64		prompt_estimate;	/* tokens */

@@ -950,6 +950,10 @@ prepare(ChatStream *s, const ChatJob *job, ChatContext *context,
 		s->server = chat_server_load(job->server, false);
 		chat_server_check(job->server, job->owner, "any");
 		s->key = chat_server_key(s->server, job->owner);
+		/* goes when the request is sent: a stream stays small */
+		s->scratch = AllocSetContextCreate(s->context, "chat request text",
+										   ALLOCSET_SMALL_SIZES);
+		MemoryContextSwitchTo(s->scratch);
 		build_request(s, job, context, tools);
 		MemoryContextSwitchTo(old);
 		ReleaseCurrentSubTransaction();
