@@ -18,12 +18,14 @@
 #include "catalog/pg_type.h"
 #include "lib/stringinfo.h"
 #include "utils/array.h"
+#include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/jsonb.h"
 #include "utils/numeric.h"
 
 #include "context.h"
 #include "db.h"
+#include "jsonbuf.h"
 #include "provider.h"
 
 #define NO_RESULT "no result: the call was interrupted before it ended"
@@ -406,38 +408,104 @@ same(ChatStr a, ChatStr b)
 	return a.len == b.len && (a.len == 0 || memcmp(a.data, b.data, a.len) == 0);
 }
 
+/* Returns the id of a call that is sent, absent if it is not. */
+static ChatStr
+sent_id(JsonbValue *call)
+{
+	JsonbContainer *object = call->type == jbvBinary
+		? call->val.binary.data : NULL;
+	ChatStr		id = str(member(object, "id"));
+	char	   *function = member(object, "function");
+
+	if (id.len == 0 || function == NULL || function[0] != '{' ||
+		str(member(&parse(function)->root, "name")).len == 0)
+		return str(NULL);
+	return id;
+}
+
+/* Counts the calls before one that have the same id. */
+static int
+count_same(const ChatStr *ids, int call)
+{
+	int			n = 0;
+
+	for (int i = 0; i < call; i++)
+		n += ids[call].data && ids[i].data && same(ids[i], ids[call]);
+	return n;
+}
+
+/* Returns the result of a call: of calls with one id, each its own. */
+static ChatMessage
+find_result(ChatStr id, int nth, bool alone, const ChatMessage *results,
+			int nresults)
+{
+	ChatMessage m = {0};
+
+	m.role = str("tool");
+	m.tool_call_id = id;
+	m.content = str(NO_RESULT);
+	for (int r = 0; r < nresults; r++)
+		if (same(results[r].tool_call_id, id) && (alone || nth-- == 0))
+			m = results[r];
+	return m;
+}
+
+/* Returns the calls of a message with one of the ids replaced. */
+static ChatStr
+rename_call(ChatStr calls, int call, const char *id)
+{
+	char	   *path = psprintf("{%d,id}", call);
+	Jsonb	   *all = parse(pnstrdup(calls.data, calls.len));
+	ArrayType  *array = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN,
+															CStringGetDatum(path),
+															ObjectIdGetDatum(TEXTOID),
+															Int32GetDatum(-1)));
+	StringInfoData text;
+
+	initStringInfo(&text);
+	chat_append_string(&text, id, strlen(id));
+	all = DatumGetJsonbP(DirectFunctionCall4(jsonb_set, JsonbPGetDatum(all),
+											 PointerGetDatum(array),
+											 JsonbPGetDatum(parse(text.data)),
+											 BoolGetDatum(false)));
+	return str(JsonbToCString(NULL, &all->root, VARSIZE(all)));
+}
+
 /*
  * Copies the results of one assistant message's calls, in the order of the
  * calls, from the tool messages that follow it; a call without one gets one
- * that says so.
+ * that says so.  The API takes an id only once in a message, models and
+ * applications do not care: further calls get another.
  */
 static void
-copy_results(ChatContext *out, const ChatMessage *assistant,
+copy_results(ChatContext *out, ChatMessage *assistant,
 			 const ChatMessage *results, int nresults)
 {
 	JsonbContainer *calls = &parse(pnstrdup(assistant->tool_calls.data,
 											assistant->tool_calls.len))->root;
+	int			n = (int) JsonContainerSize(calls);
+	ChatStr    *ids = palloc(sizeof(ChatStr) * (n + 1));
 
-	for (int i = 0; i < (int) JsonContainerSize(calls); i++)
+	for (int i = 0; i < n; i++)
+		ids[i] = sent_id(getIthJsonbValueFromContainer(calls, i));
+	for (int i = 0; i < n; i++)
 	{
-		JsonbValue *call = getIthJsonbValueFromContainer(calls, i);
-		JsonbContainer *object = call->type == jbvBinary
-			? call->val.binary.data : NULL;
-		ChatMessage *m = &out->messages[out->n];
-		ChatStr		id = str(member(object, "id"));
-		char	   *function = member(object, "function");
+		int			nth = count_same(ids, i);
+		bool		alone = nth == 0;
+		ChatMessage *m;
 
-		if (id.len == 0 || function == NULL || function[0] != '{' ||
-			str(member(&parse(function)->root, "name")).len == 0)
-			continue;			/* is not sent */
-		memset(m, 0, sizeof(*m));
-		m->role = str("tool");
-		m->tool_call_id = id;
-		m->content = str(NO_RESULT);
-		for (int r = 0; r < nresults; r++)
-			if (same(results[r].tool_call_id, id))
-				*m = results[r];
-		out->n++;
+		if (ids[i].data == NULL)
+			continue;
+		for (int k = i + 1; k < n; k++)
+			alone &= ids[k].data == NULL || !same(ids[k], ids[i]);
+		m = &out->messages[out->n++];
+		*m = find_result(ids[i], nth, alone, results, nresults);
+		if (nth == 0)
+			continue;
+		m->tool_call_id = str(psprintf("%.*s_%d_%d", (int) ids[i].len,
+									   ids[i].data, i, nth));
+		assistant->tool_calls = rename_call(assistant->tool_calls, i,
+											m->tool_call_id.data);
 	}
 }
 
@@ -466,7 +534,8 @@ chat_context_repair(ChatContext *context)
 			continue;
 		while (i < context->n && has_role(&context->messages[i], "tool"))
 			i++;
-		copy_results(&out, m, &context->messages[first], i - first);
+		copy_results(&out, &out.messages[out.n - 1],
+					 &context->messages[first], i - first);
 	}
 	*context = out;
 }
