@@ -210,6 +210,10 @@ is(scalar keys %seen, $histories, 'each holds its question');
 my %compacted = map { $_->{compaction} // 'none' => $_->{n} }
   rows($node, 'SELECT compaction, count(*) AS n FROM chat.chat_task GROUP BY 1');
 note(encode(\%compacted));
-ok($compacted{$_}, "some were $_") foreach qw(none collapsed truncated summarized);
+if ($histories >= 60)
+{
+	ok($compacted{$_}, "some were $_")
+	  foreach qw(none collapsed truncated summarized);
+}
 
 done_testing();
