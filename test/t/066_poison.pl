@@ -29,13 +29,30 @@ sub task
 	return turn_of($node, $task);
 }
 
+# Sends a message that crashes the server, maybe before the answer to the call
+# has come: with an id of its own it can be sent again and is one message.
+my $sent = 0;
+
+sub ask_crashing
+{
+	my ($session, $message) = @_;
+	my $id = sprintf('00000000-0000-4000-8000-%012d', ++$sent);
+
+	while (1)
+	{
+		my $task = eval { ask($node, $session, $message, message_id => $id) };
+		return $task if $task;
+		back();
+	}
+}
+
 # bystanders that stream all the while
 my $whole = join '', map { "t$_ " } 0 .. 9;
 my @others = map { ask($node, create_session($node)->{id}, "by [[tokens=10 gateat=5:by]]") } 1 .. 5;
 $fake->get_json('/gate/by?wait=5');
 my $session = create_session($node)->{id};
 $fake->forget;
-my $bad = ask($node, $session, 'bad [[text=%6eastychunk]]');
+my $bad = ask_crashing($session, 'bad [[text=%6eastychunk]]');
 my $end = task($bad);
 is($end->{status}, 'failed', 'a task that crashes its worker fails');
 is($end->{error}{code}, 'limit_reached', 'with a code');
@@ -79,13 +96,13 @@ $node->append_conf('postgresql.conf', "chat.debug_fail = 'request:nastyquestion'
 $node->reload;
 my $fine = ask($node, create_session($node)->{id}, 'fine [[tokens=2 gateat=1:fine]]');
 $fake->wait_at_gate('fine');
-$bad = ask($node, $session, 'nastyquestion');
+$bad = ask_crashing($session, 'nastyquestion');
 $end = task($bad);
 is($end->{error}{crashes}, 2, 'a crash before the request leaves is counted, too');
 $fake->get_json('/gate/fine?wait=1');
 $fake->open_gate('fine');
 is(task($fine)->{status}, 'completed', 'and others go on');
-my $next = ask($node, $session, 'nothing bad');
+my $next = ask_crashing($session, 'nothing bad');
 $end = task($next);
 # the question is still there: the session is poisoned until it is set aside
 is($end->{error}{crashes}, 2, 'the next task of the session has the question, too');
