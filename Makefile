@@ -99,9 +99,6 @@ ifneq (,$(and $(wildcard $(PGXS)),$(shell command -v curl-config)))
 
 include $(PGXS)
 
-# a changed header makes everything anew: there are few files
-$(OBJS): $(wildcard src/*.h)
-
 $(OBJS): $(wildcard src/*.h) chat.control Makefile
 
 $(shlib): $(EXPORTS)
