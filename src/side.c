@@ -29,6 +29,8 @@
 #define MAX_ANSWER (1024 * 1024)
 /* of an error body this much is told */
 #define MAX_TOLD 65536
+/* titles that are under way at a time */
+#define MAX_TITLES 32
 /* a job that took so many workers down is not tried again */
 #define MAX_CRASHES 3
 #define MIN_DELAY 10
@@ -41,12 +43,13 @@ static const ChatSideType *const types[] = {&chat_title, &chat_summary};
 static dlist_head sides = DLIST_STATIC_INIT(sides); /* under way */
 static dlist_head asked = DLIST_STATIC_INIT(asked); /* not yet committed */
 
-/* $1 holder, $2 limit, $3 database */
+/* $1 holder, $2 limit, $3 database, $4 whether titles, too */
 CHAT_STMT(claim_sides,
 		  "WITH picked AS MATERIALIZED ("
 		  " SELECT j.id FROM chat.chat_job AS j"
 		  " WHERE j.holder IS NULL AND j.kind IN ('title', 'summary')"
 		  "  AND j.database = $3 AND j.run_at <= now()"
+		  "  AND (j.kind <> 'title' OR $4)"
 		  " ORDER BY j.priority, j.id LIMIT $2 FOR UPDATE OF j SKIP LOCKED"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
@@ -57,7 +60,7 @@ CHAT_STMT(claim_sides,
 		  "  s.settings::text, j.input::text"
 		  " FROM job AS j JOIN chat.chat_session AS s ON s.id = j.session_id"
 		  " ORDER BY j.id",
-		  INT8OID, INT4OID, OIDOID);
+		  INT8OID, INT4OID, OIDOID, BOOLOID);
 
 /* $1 holder */
 CHAT_STMT(give_back_sides,
@@ -212,18 +215,35 @@ prepare(ChatSide *s)
 	CurrentResourceOwner = owner;
 }
 
-/* Takes jobs that wait. */
+/* Counts the titles that are under way. */
+static int
+count_titles(void)
+{
+	dlist_iter	iter;
+	int			n = 0;
+
+	dlist_foreach(iter, &sides)
+		n += dlist_container(ChatSide, node, iter.cur)->type == &chat_title;
+	return n;
+}
+
+/*
+ * Takes jobs that wait.  Nobody waits for a title: only so many are under way
+ * at a time.
+ */
 int
 chat_side_claim(int64 holder, int most)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	Datum		values[3];
+	int			titles = MAX_TITLES - count_titles();
+	Datum		values[4];
 	dlist_iter	iter;
 	uint64		n;
 
 	values[0] = Int64GetDatum(holder);
-	values[1] = Int32GetDatum(most);
+	values[1] = Int32GetDatum(titles > 0 ? Min(most, titles) : most);
 	values[2] = ObjectIdGetDatum(MyDatabaseId);
+	values[3] = BoolGetDatum(titles > 0);
 	n = chat_db_exec(&claim_sides, values, NULL);
 	for (uint64 row = 0; row < n; row++)
 		dlist_push_tail(&asked, &read_side(row)->node);

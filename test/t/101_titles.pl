@@ -178,6 +178,15 @@ is_deeply(row($node, "SELECT kind, server, model, prompt_tokens, completion_toke
 is(row($node, "SELECT total_prompt_tokens AS n FROM chat.chat_session WHERE id = '$u'")->{n},
 	18, 'counts for the session');
 
+# many at once: more than are under way at a time
+$node->safe_psql('postgres', <<'EOS');
+SELECT chat.stream_chat_completion((chat.create_chat_session(user_id => 'many')).id, 'n ' || i || ' [[tokens=1]]')
+FROM generate_series(1, 80) AS i
+EOS
+wait_for($node, "SELECT count(*) = 80 FROM chat.chat_session WHERE user_id = 'many' AND title = 'Fake Title Here'");
+settled();
+pass('many sessions at once have their titles');
+
 # the setting
 $node->append_conf('postgresql.conf', 'chat.generate_titles = off');
 $node->reload;
