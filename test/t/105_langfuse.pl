@@ -117,6 +117,18 @@ $store->hold;
 is((turn())[1], 'stored slow', 'a server that does not answer in time');
 $store->release;
 
+# two turns that wait for two prompts: one does not end the other's waiting
+$store->set(one => { latest => [ 1, 'first' ] }, two => { latest => [ 1, 'second' ] });
+$node->safe_psql('postgres', "SELECT chat.set_prompt('two', 'stored second'); ALTER SERVER prompts OPTIONS (SET timeout '5s')");
+$store->hold('/two?');
+my $second = ask($node, create_session($node, settings => '{"prompt": "two"}')->{id}, 'second [[tokens=1]]');
+wait_for($node, 'SELECT true') until grep { m{/two\?} } $store->requests;
+$t = wait_for_task($node, ask($node, create_session($node, settings => '{"prompt": "one"}')->{id}, 'first [[tokens=1]]'));
+is($t->{prompt_name}, 'one', 'one prompt is there');
+$store->release;
+wait_for_task($node, $second);
+is($fake->last_request->{body}{messages}[0]{content}, 'second', 'the other is waited for');
+
 # production has its own label; cache_ttl 0 fetches before every turn
 $s = create_session($node, user_id => 'ada')->{id};
 $store->set(greeting => { production => [ 5, 'production {{user_id}}' ], latest => [ 9, 'x' ] });

@@ -4,7 +4,7 @@
 #	$store->port;
 #	$store->set(greeting => { production => [3, 'Hello'] });	name, label
 #	$store->fail(500);			every answer from now on; 0: none
-#	$store->hold; $store->release;		answers wait
+#	$store->hold('/name?'); $store->release;	answers wait
 #	$store->requests;			lines "METHOD PATH" so far
 #
 # A process of its own, which ends with the test; what it answers stands in
@@ -95,7 +95,9 @@ sub serve
 	}
 	open my $log, '>>', "$dir/requests" or return;
 	syswrite $log, "$method $path\n";
-	select undef, undef, undef, 0.01 while -e "$dir/hold";
+	# what is held is a part of the path, '' all
+	select undef, undef, undef, 0.01
+	  while -e "$dir/hold" && index($path, get("$dir/hold")) >= 0;
 	my ($status, $body) = answer($dir, $path, ($header{authorization} // '') eq $authorization);
 	print $client "HTTP/1.1 $status X\r\nContent-Type: application/json\r\n"
 	  . 'Content-Length: ' . length($body) . "\r\nConnection: close\r\n\r\n$body";
@@ -151,11 +153,11 @@ sub fail
 	return;
 }
 
-# Has all requests wait.
+# Has all requests wait, or those whose path holds a text.
 sub hold
 {
-	my ($self) = @_;
-	put("$self->{dir}/hold", '');
+	my ($self, $part) = @_;
+	put("$self->{dir}/hold", $part // '');
 	return;
 }
 
