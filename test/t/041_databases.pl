@@ -86,7 +86,7 @@ my $queued = $node->safe_psql('renamed', "SELECT chat.stream_chat_completion("
 	  . "session_id, 'queued [[tokens=1]]') FROM chat.chat_task LIMIT 1");
 $before = $fake->stats->{requests};
 $node->safe_psql('postgres', 'CREATE DATABASE copy TEMPLATE renamed');
-$fake->get_json('/gate/g?wait=50');
+$fake->wait_for_stats(sub { $_->{requests} >= $before + 50 });
 is($fake->stats->{requests} - $before, 50, 'CREATE DATABASE TEMPLATE');
 wait_for($node,
 	'SELECT count(*) = 0 FROM chat.chat_task WHERE finished_at IS NULL', 'copy');
