@@ -71,6 +71,12 @@
 #define MAX_CLAIM 256
 /* titles and the like of one claim */
 #define MAX_SIDES 32
+/*
+ * Beyond MANY_STREAMS, starts and ends go in batches of BUSY_BATCH: the tokens
+ * of the others wait for no more than that between two flushes.
+ */
+#define MANY_STREAMS 100
+#define BUSY_BATCH 16
 /* ends of one transaction */
 #define MAX_ENDS 1000
 /* parked tasks of one transaction */
@@ -753,12 +759,19 @@ flush_some(Flush *f, const char *activity, bool durable,
 	return true;
 }
 
+/* Returns how many starts or ends one transaction takes. */
+static int
+batch_size(int most)
+{
+	return nstreams > MANY_STREAMS ? BUSY_BATCH : most;
+}
+
 /* Collects the streams for one of the two transactions of a flush. */
 static void
 pick_streams(Flush *f, bool ends, int64 now)
 {
 	dlist_iter	iter;
-	int			most = ends ? Min(nstreams, MAX_ENDS) : nstreams;
+	int			most = ends ? Min(nstreams, batch_size(MAX_ENDS)) : nstreams;
 
 	memset(f, 0, sizeof(*f));
 	f->streams = palloc(sizeof(ChatStream *) * Max(most, 1));
@@ -1091,7 +1104,8 @@ may_claim(void)
 static void
 plan_wish(ChatClaim *wish)
 {
-	int			most = may_claim() ? Min(limit - nstreams, MAX_CLAIM) : 0;
+	int			most = may_claim()
+	? Min(limit - nstreams, batch_size(MAX_CLAIM)) : 0;
 	ChatRoom	room;
 
 	wish->holder = identity;
