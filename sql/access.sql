@@ -246,9 +246,9 @@ RESET ROLE;
 -- reading one session costs the same under row-level security: an index probe
 -- for the session, and one for each message that is shown
 INSERT INTO chat.chat_session (owner, user_id)
-SELECT 'regress_chat_mallory', 'many' FROM generate_series(1, 5000);
+SELECT 'regress_chat_mallory', 'many' FROM generate_series(1, 300000);
 INSERT INTO chat.chat_message (session_id, sequence, role)
-SELECT s.id, 1, 'user' FROM chat.chat_session AS s WHERE user_id = 'many';
+SELECT s.id, 1, 'user' FROM chat.chat_session AS s WHERE user_id = 'many' LIMIT 5000;
 INSERT INTO chat.chat_message (session_id, sequence, role)
 SELECT :s2, n, 'user' FROM generate_series(1, 3000) AS n;
 ANALYZE chat.chat_session, chat.chat_message;

@@ -306,6 +306,14 @@ SELECT address, t.* FROM (VALUES
 	('100.100.100.200'), ('0.0.0.0'), ('[::]'), ('[fe80::1]'), ('[fc00::1]'),
 	('[::ffff:10.0.0.1]'), ('[64:ff9b::a9fe:a9fe]'), ('0x0a000001'),
 	('167772161')) AS a(address), chat_try_address(address) AS t;
+-- also where a tunnel or a translator leads there (T61): 6to4, Teredo, ISATAP,
+-- translated, and a site's own translator
+SELECT address, t.* FROM (VALUES
+	('[2002:a00:1::1]'), ('[2002:a9fe:a9fe::]'), ('[2002:7f00:1::1]'),
+	('[2001:0:808:808::f5ff:fffe]'), ('[2001:db8::5efe:192.168.1.1]'),
+	('[2001:db8::200:5efe:10.0.0.1]'), ('[::ffff:0:172.16.0.1]'),
+	('[::10.0.0.1]'), ('[64:ff9b:1::808:808]')) AS a(address),
+	chat_try_address(address) AS t;
 -- however this machine's address is written
 SELECT address, t.* FROM (VALUES ('2130706433'), ('127.1'),
 	('[::ffff:127.0.0.1]')) AS a(address), chat_try_address(address) AS t;

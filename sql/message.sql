@@ -51,6 +51,11 @@ SELECT * FROM raised(format(
 	'SELECT chat.add_chat_message(%L, ''user'', ''x'', sequence => 9)', :s1));
 SELECT * FROM raised(format(
 	'SELECT chat.add_chat_message(%L, ''user'', ''x'', sequence => 11)', :s1));
+-- sequences start at 1: who counts from 0 is told so
+SELECT r.* FROM unnest(ARRAY[0, -1]) AS n, LATERAL raised(format(
+	'SELECT chat.add_chat_message(%L, ''user'', ''x'', sequence => %s)', :s1, n)) AS r;
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L,
+	''[{"role": "user"}]'', start_sequence => 0)', :s1));
 -- an id that is stored is the same message, not another
 SELECT sequence, refusal FROM chat.add_chat_message(:s1, 'assistant',
 	refusal => 'No.', message_id => '00000000-0000-4000-8000-0000000000b8');
@@ -163,6 +168,8 @@ SELECT sequence FROM chat.get_chat_messages(:s1, before_sequence => 3, max_rows 
 SELECT count(*) AS all FROM chat.get_chat_messages(:s1);
 SELECT count(*) AS hidden FROM chat.get_chat_messages(:'s2') WHERE content = 'hidden';
 SELECT count(*) AS none FROM chat.get_chat_messages(:none);
+SELECT state, message FROM raised(format(
+	'SELECT count(*) FROM chat.get_chat_messages(%L, max_rows => -1)', :s1));
 SELECT chat.get_chat_session_message_count(session_id => :s1) AS messages,
 	chat.get_chat_session_message_count(:'s2') AS active,
 	chat.get_chat_session_message_count(:none) AS none,
@@ -195,6 +202,18 @@ SELECT chat.update_tool_message_content(session_id => :s1, tool_call_id => 'call
 SELECT updated_at > '2001-01-01' AS updated FROM chat.chat_session WHERE id = :s1;
 SELECT chat.update_tool_message_content(:s1, 'call_f', 'done') AS found;
 SELECT role, tool_call_id, content, parts FROM chat.get_chat_messages(:s1, max_rows => 4);
+-- null leaves the content, and the parts, as they are
+SELECT parts FROM chat.add_chat_message(:s1, 'tool', tool_call_id => 'call_p',
+	parts => '[{"type": "text", "text": "kept"}]');
+SELECT chat.update_tool_message_content(:s1, 'call_p', NULL) AS found,
+	content, parts FROM chat.get_chat_messages(:s1, max_rows => 1);
+-- of a message that was set aside nothing is written
+SELECT sequence AS hidden FROM chat.add_chat_message(:s1, 'tool', 'aside',
+	tool_call_id => 'call_0') \gset
+UPDATE chat.chat_message SET active = false WHERE session_id = :s1 AND sequence = :hidden;
+SELECT chat.update_tool_message_content(:s1, 'call_0', 'again') AS found;
+SELECT content, active FROM chat.get_chat_messages(:s1, all_branches => true)
+WHERE tool_call_id = 'call_0' AND role = 'tool';
 UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = :s1;
 SELECT chat.update_tool_message_content(:s1, 'call_x', 'x') AS no_call,
 	chat.update_tool_message_content(:s1, NULL, 'x') AS null_call,
@@ -211,6 +230,37 @@ SELECT r.state, r.message FROM unnest(ARRAY[
 		VALUES (%L, %s)', :s1, v)) AS r;
 SELECT state, message FROM raised(format('INSERT INTO chat.chat_message
 	(session_id, sequence, role) VALUES (%L, 1, ''user'')', :none));
+SELECT r.state, r.message FROM unnest(ARRAY[
+	'chat_session SET total_prompt_tokens = -1',
+	'chat_session SET total_completion_tokens = -1',
+	'chat_session SET credentials = NULL',
+	'chat_session SET successful_agent_runs = NULL',
+	'chat_session SET successful_agent_schedules = NULL',
+	'chat_session SET metadata = NULL', 'chat_session SET settings = NULL',
+	'chat_session SET owner = NULL', 'chat_session SET channel = NULL',
+	'chat_message SET metadata = NULL']) AS v,
+	LATERAL raised('UPDATE chat.' || v) AS r;
+SELECT r.state, r.message FROM unnest(ARRAY[
+	$$'sleeping', NULL, 0$$, $$'completed', NULL, 0$$, $$'queued', now(), 0$$,
+	$$'queued', NULL, -1$$]) AS v,
+	LATERAL raised(format('INSERT INTO chat.chat_task
+		(session_id, server, status, finished_at, prompt_tokens)
+		VALUES (%L, ''x'', %s)', :s1, v)) AS r;
+-- what is JSON and not null is {} unless given
+SELECT attrelid::regclass AS table, attname AS column,
+	pg_get_expr(d.adbin, d.adrelid) AS "default"
+FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d
+	ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE attrelid IN ('chat.chat_session'::regclass, 'chat.chat_message'::regclass)
+	AND atttypid = 'jsonb'::regtype AND attnotnull
+ORDER BY a.attrelid::regclass::text, attname;
+-- what hangs on a session goes with it; events and task_id refer to nothing
+SELECT conrelid::regclass AS table, conkey.columns, confrelid::regclass AS refers_to,
+	confdeltype = 'c' AS cascades
+FROM pg_constraint, LATERAL (SELECT string_agg(attname, ', ') AS columns
+	FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey)) AS conkey
+WHERE contype = 'f' AND connamespace = 'chat'::regnamespace AND conparentid = 0
+ORDER BY conrelid::regclass::text;
 
 DELETE FROM chat.chat_session;
 DROP FUNCTION raised, index_condition;

@@ -158,6 +158,8 @@ WITH RECURSIVE page AS (
 	FROM page WHERE cardinality(rows) > 0)
 SELECT n, ARRAY(SELECT (r).title FROM unnest(rows) AS r) AS titles FROM page;
 SELECT title FROM chat.get_user_chat_sessions('list', before_updated_at => '2020-01-02');
+SELECT r.state, r.message FROM unnest(ARRAY['max_rows', 'skip']) AS a, LATERAL raised(
+	format('SELECT count(*) FROM chat.get_user_chat_sessions(''list'', %s => -1)', a)) AS r;
 SELECT chat.get_user_session_count(user_id => 'list') AS seven,
 	chat.get_user_session_count('nobody') AS none,
 	chat.get_user_session_count(NULL) AS unknown,
@@ -191,6 +193,7 @@ FROM pg_stat_user_tables WHERE relid = 'chat.chat_session'::regclass;
 
 -- delete: with all that belongs to it (in one transaction, so that a worker
 -- sees nothing of it)
+SELECT user_id FROM chat.create_chat_session('00000000-0000-4000-8000-000000000003');
 BEGIN;
 SELECT count(*) FROM chat.add_chat_messages_batch(:s1,
 	'[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]');
@@ -206,10 +209,13 @@ INSERT INTO chat.chat_event (slot, task_id, seq, payload)
 SELECT t.slot, t.id, n, '{}' FROM chat.chat_task AS t, generate_series(1, 3) AS n
 WHERE t.slot IS NOT NULL;
 SELECT chat.delete_chat_session(session_id => :s1, user_id => 'bob') AS not_his,
+	chat.delete_chat_session('00000000-0000-4000-8000-000000000003', 'bob') AS anonymous,
+	chat.delete_chat_session('00000000-0000-4000-8000-000000000003', '') AS nobodys,
 	chat.delete_chat_session(:none) AS none,
 	chat.delete_chat_session(NULL) AS unknown,
 	chat.get_chat_session_message_count(:s1) AS messages;
-SELECT chat.delete_chat_session(:s1, user_id => 'ann') AS hers;
+SELECT chat.delete_chat_session(:s1, user_id => 'ann') AS hers,
+	chat.delete_chat_session('00000000-0000-4000-8000-000000000003') AS anyones;
 SELECT chat.delete_chat_session(:s1) AS again,
 	(SELECT count(*) FROM chat.chat_message WHERE session_id = :s1) AS messages,
 	(SELECT count(*) FROM chat.chat_task WHERE session_id = :s1) AS tasks,

@@ -113,27 +113,68 @@ is_private4(uint32 a)
 		(a >> 28) >= 14;		/* multicast and reserved */
 }
 
+/* Reads four bytes of an IPv6 address as an IPv4 address in host order. */
+static uint32
+embedded4(const uint8 *b)
+{
+	return ((uint32) b[0] << 24) | ((uint32) b[1] << 16) | (b[2] << 8) | b[3];
+}
+
+/*
+ * Finds the IPv4 address that a translator or a tunnel would reach by an IPv6
+ * address; false if there is none in it.
+ */
+static bool
+find_embedded4(const struct in6_addr *a, uint32 *v4)
+{
+	const uint8 *b = a->s6_addr;
+	static const uint8 zeros[12] = {0};
+	static const uint8 nat64[12] = {0x00, 0x64, 0xff, 0x9b};
+
+	if (IN6_IS_ADDR_V4MAPPED(a) || IN6_IS_ADDR_V4COMPAT(a) ||
+		memcmp(b, nat64, 12) == 0 ||
+	/* translated: ::ffff:0:a.b.c.d */
+		(memcmp(b, zeros, 8) == 0 && embedded4(b + 8) == 0xffff0000) ||
+	/* ISATAP, under whatever prefix */
+		(embedded4(b + 8) & ~0x02000000) == 0x00005efe)
+		*v4 = embedded4(b + 12);
+	else if (b[0] == 0x20 && b[1] == 0x02)	/* 6to4 */
+		*v4 = embedded4(b + 2);
+	else if (embedded4(b) == 0x20010000)	/* Teredo, whose client is inverted */
+		*v4 = ~embedded4(b + 12);
+	else
+		return false;
+	return true;
+}
+
+/* True if an IPv6 address is not one of the public internet. */
+static bool
+is_private6(const struct in6_addr *a)
+{
+	const uint8 *b = a->s6_addr;
+
+	return IN6_IS_ADDR_UNSPECIFIED(a) || IN6_IS_ADDR_LINKLOCAL(a) ||
+		IN6_IS_ADDR_SITELOCAL(a) || IN6_IS_ADDR_MULTICAST(a) ||
+		(b[0] & 0xfe) == 0xfc ||
+	/* 64:ff9b:1::/48, translators of a site's own */
+		(embedded4(b) == 0x0064ff9b && b[4] == 0 && b[5] == 1);
+}
+
 /* Decides about an IPv6 address; embedded IPv4 addresses count as such. */
 static bool
 address6_allowed(const ChatTransfer *t, const struct in6_addr *a)
 {
-	const uint8 *b = a->s6_addr;
-	uint32		v4 = ((uint32) b[12] << 24) | (b[13] << 16) | (b[14] << 8) | b[15];
+	uint32		v4;
 
 	if (IN6_IS_ADDR_LOOPBACK(a))
 		return t->allow_loopback || t->allow_private;
-	if (IN6_IS_ADDR_V4MAPPED(a) || IN6_IS_ADDR_V4COMPAT(a) ||
-		(b[0] == 0 && b[1] == 0x64 && b[2] == 0xff && b[3] == 0x9b))
-	{
-		if (is_loopback4(v4))
-			return t->allow_loopback || t->allow_private;
-		return t->allow_private || !is_private4(v4);
-	}
-	if (IN6_IS_ADDR_UNSPECIFIED(a) || IN6_IS_ADDR_LINKLOCAL(a) ||
-		IN6_IS_ADDR_SITELOCAL(a) || IN6_IS_ADDR_MULTICAST(a) ||
-		(b[0] & 0xfe) == 0xfc)
+	if (is_private6(a))
 		return t->allow_private;
-	return true;
+	if (!find_embedded4(a, &v4))
+		return true;
+	if (is_loopback4(v4))
+		return t->allow_loopback || t->allow_private;
+	return t->allow_private || !is_private4(v4);
 }
 
 /* Decides whether a transfer may connect to the address that was resolved. */

@@ -973,7 +973,8 @@ static const ChatErrorCode error_codes[CHAT_ERROR_COUNT] = {
 	[CHAT_ERROR_STREAM_TIMEOUT] = {"stream_timeout", false},
 	[CHAT_ERROR_LIMIT_REACHED] = {"limit_reached", false},
 	[CHAT_ERROR_CANCELLED] = {"cancelled", false},
-	[CHAT_ERROR_TOOL_UNKNOWN_OUTCOME] = {"tool_unknown_outcome", false}
+	[CHAT_ERROR_TOOL_UNKNOWN_OUTCOME] = {"tool_unknown_outcome", false},
+	[CHAT_ERROR_RESTORED] = {"restored", true}
 };
 
 /* The name of an error code and whether the runtime tries again by itself. */

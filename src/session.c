@@ -199,7 +199,7 @@ CHAT_STMT(take_sequences,
 CHAT_STMT(set_tool_content,
 		  "WITH newest AS (SELECT m.sequence FROM chat.chat_message AS m"
 		  " WHERE m.session_id = $1 AND m.tool_call_id = $2"
-		  " AND m.role IN ('tool', 'function')"
+		  " AND m.role IN ('tool', 'function') AND m.active"
 		  " ORDER BY m.sequence DESC LIMIT 1)"
 		  " UPDATE chat.chat_message AS m SET"
 		  " content = COALESCE($3, m.content),"
@@ -633,10 +633,10 @@ reject_sequence(int64 given, int64 right, const char *what)
 
 /*
  * Takes n sequences of a session that the caller may see and returns the
- * first; it must be the expected one, if one is (not 0).
+ * first; it must be the expected one, if one is (not NULL).
  */
 static int64
-take(Datum *visible, int n, int64 expected)
+take(Datum *visible, int n, const int64 *expected)
 {
 	Datum		values[4];
 	int64		first;
@@ -646,8 +646,8 @@ take(Datum *visible, int n, int64 expected)
 	if (chat_db_exec(&take_sequences, values, NULL) == 0)
 		chat_session_missing(DatumGetUUIDP(values[0]));
 	first = chat_db_int64(0, 1, 0);
-	if (expected != 0 && expected != first)
-		reject_sequence(expected, first, "The next sequence is");
+	if (expected != NULL && *expected != first)
+		reject_sequence(*expected, first, "The next sequence is");
 	return first;
 }
 
@@ -667,7 +667,7 @@ has_ids(const ChatEntries *entries)
  * client chose, are the same messages, not new ones.
  */
 static void
-append(Datum *visible, const ChatEntries *entries, int64 expected)
+append(Datum *visible, const ChatEntries *entries, const int64 *expected)
 {
 	pg_uuid_t  *session = DatumGetUUIDP(visible[0]);
 	int64		sequence;
@@ -679,8 +679,8 @@ append(Datum *visible, const ChatEntries *entries, int64 expected)
 		if (chat_message_stored(session, entries, 0))
 		{
 			(void) chat_message_row(0, &sequence);
-			if (expected != 0 && expected != sequence)
-				reject_sequence(expected, sequence,
+			if (expected != NULL && *expected != sequence)
+				reject_sequence(*expected, sequence,
 								"The message is stored already, with sequence");
 			return;
 		}
@@ -702,6 +702,7 @@ chat_session_add_message(PG_FUNCTION_ARGS)
 	ChatEntries entries = {&entry, 1, false};
 	Datum		visible[3];
 	Datum		row;
+	int64		expected = PG_ARGISNULL(10) ? 0 : PG_GETARG_INT64(10);
 	int64		sequence;
 
 	if (PG_ARGISNULL(0))
@@ -714,7 +715,7 @@ chat_session_add_message(PG_FUNCTION_ARGS)
 	}
 	chat_message_check(&entry);
 	enter(&scope, PG_GETARG_UUID_P(0), visible);
-	append(visible, &entries, PG_ARGISNULL(10) ? 0 : PG_GETARG_INT64(10));
+	append(visible, &entries, PG_ARGISNULL(10) ? NULL : &expected);
 	row = SPI_datumTransfer(chat_message_row(0, &sequence), false, -1);
 	chat_db_leave(&scope);
 	return row;
@@ -728,6 +729,7 @@ chat_session_add_batch(PG_FUNCTION_ARGS)
 	ChatScope	scope;
 	ChatEntries entries;
 	Datum		visible[3];
+	int64		expected = PG_ARGISNULL(2) ? 0 : PG_GETARG_INT64(2);
 
 	InitMaterializedSRF(fcinfo, 0);
 	if (PG_ARGISNULL(0))
@@ -739,7 +741,7 @@ chat_session_add_batch(PG_FUNCTION_ARGS)
 	chat_message_read(&entries, PG_GETARG_JSONB_P(1), false);
 	enter(&scope, PG_GETARG_UUID_P(0), visible);
 	if (entries.n > 0)
-		append(visible, &entries, PG_ARGISNULL(2) ? 0 : PG_GETARG_INT64(2));
+		append(visible, &entries, PG_ARGISNULL(2) ? NULL : &expected);
 	else if (chat_db_exec(&find_session, visible, NULL) == 0)
 		chat_session_missing(PG_GETARG_UUID_P(0));
 	for (int i = 0; i < entries.n; i++)
