@@ -454,8 +454,9 @@ my $psycopg = find_program(\@python, '-c', 'import psycopg');
 my $python = find_program(\@python, '-c', '0');
 my $pg = find_program(['node'], '-e', 'require("pg")');
 my $nodejs = find_program(['node'], '-e', '0');
-# Debian's modules are not where another node looks for them
-$ENV{NODE_PATH} //= '/usr/share/nodejs';
+# neither npm's packages nor Debian's are where another node looks for them
+$ENV{NODE_PATH} //= join ':',
+  (map { "$_/node_modules" } grep { $_ } $ENV{CHAT_NPM}), '/usr/share/nodejs';
 $pg ||= find_program(['node'], '-e', 'require("pg")');
 
 while (my ($i, $block) = each @blocks)
@@ -530,6 +531,70 @@ foreach my $function (@functions)
 	  or diag("the line would be: `$function->{signature}`");
 }
 
+# the data functions are called in some block, with named arguments
+foreach my $name (
+	qw(create_chat_session get_chat_session get_chat_messages
+	upsert_chat_session update_chat_session update_session_title
+	assign_user_to_session add_chat_message add_chat_messages_batch
+	get_user_chat_sessions get_user_session_count delete_chat_session
+	get_chat_session_message_count update_tool_message_content
+	to_openai_messages))
+{
+	my @calls = map {
+		my $code = join "\n", map { s/^\w+.?\*?[#>] //r } @{ $_->{lines} };
+		$code =~ /\bchat\.$name\(\s*(\w+ =>)?/g ? $1 // '' : ()
+	} grep { $_->{language} eq 'console' } @blocks;
+	ok(@calls && !(grep { $_ eq '' } @calls),
+		"$name is called with named arguments");
+}
+
+# columns of the tables, and no table left out
+my ($tables) = $characters =~ /^## Tables\n(.*?)^## /ms;
+foreach my $table (rows($node, <<'EOS', 'chat'))
+SELECT c.relname AS name, array_agg(a.attname ORDER BY a.attnum) AS columns
+FROM pg_class AS c
+	JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0
+		AND NOT a.attisdropped
+WHERE c.relnamespace = 'chat'::regnamespace
+	AND (c.relkind IN ('r', 'p') AND NOT c.relispartition OR c.relname = 'usage')
+GROUP BY c.relname ORDER BY c.relname
+EOS
+{
+	my ($row) = $tables =~ /^\| [^|]*`$table->{name}`(.*)/m;
+	ok($row, "table $table->{name} is described") or next;
+	# those of chat_tool are the arguments of its function
+	next if $row =~ /for the worker alone/ || $table->{name} eq 'chat_tool';
+	my @missing = grep { $row !~ /`$_`/ } @{ $table->{columns} };
+	is_deeply(\@missing, [], "with its columns: $table->{name}");
+}
+
+# types of events: those that came, and those that stand in the source
+my %types = map { $_->{type} => 1 } rows($node,
+	"SELECT DISTINCT payload->>'type' AS type FROM chat.chat_event", 'chat');
+foreach my $file (glob "$root/src/*.[ch]")
+{
+	my $source = slurp_file($file) =~ s/"\s*\n\s*"//gr;
+	$types{$1} = 1 while $source =~ /\{\\"type\\":\\"([a-z]+-[a-z-]+)\\"/g;
+}
+my ($events) = $text =~ /^## Events\n(.*?)^## /ms;
+# parts of UIMessages
+delete @types{qw(dynamic-tool step-start)};
+cmp_ok(scalar keys %types, '>', 15, 'there are events');
+foreach my $type (sort keys %types)
+{
+	like($events, qr/^\| `$type` \|/m, "event $type is described");
+}
+
+# messages that the last resort is to look up are those that there are
+my $sources = join '', map { slurp_file($_) } glob "$root/src/*.c";
+my ($trouble) = $text =~ /^## Troubleshooting\n(.*?)^## /ms;
+foreach my $message ($trouble =~ /^\| (?:WARNING )?`(?:ERROR: )?([^`]+)` \|/mg)
+{
+	# the server's own
+	next if $message =~ /^permission denied for schema|^cannot drop extension/;
+	like($sources, qr/"[^"]*\Q$message\E/, "there is a message: $message");
+}
+
 # settings
 my %documented =
   map { $_->[0] => $_ }
@@ -561,11 +626,15 @@ is_deeply({ $errors =~ /^\| `(\w+)` \| (yes|no|by status) \|/mg },
 foreach my $command (
 	'CREATE SERVER x FOREIGN DATA WRAPPER chat_llm OPTIONS (x \'\')',
 	'CREATE SERVER x FOREIGN DATA WRAPPER chat_tool OPTIONS (x \'\')',
-	'CREATE USER MAPPING FOR CURRENT_USER SERVER openai OPTIONS (x \'\')')
+	'CREATE SERVER x FOREIGN DATA WRAPPER chat_langfuse OPTIONS (x \'\')',
+	'CREATE USER MAPPING FOR CURRENT_USER SERVER openai OPTIONS (x \'\')',
+	'CREATE USER MAPPING FOR CURRENT_USER SERVER langfuse OPTIONS (x \'\')')
 {
 	my ($rc, $out, $err) = $node->psql('chat', $command);
 	my ($valid) = $err =~ /Valid options in this context are: (.*)\./;
 	my ($chapter) = $text =~ /^## Server options\n(.*?)^### Session/ms;
+
+	ok($valid, "the valid options are listed: $command");
 
 	foreach my $option (split /, /, $valid // '')
 	{
