@@ -78,12 +78,15 @@ CHAT_STMT(move_tasks,
 		  " SELECT id FROM moved",
 		  INT2OID, INT2OID);
 
-/* $1 slot, $2 our identity: tasks that went there and others hold */
-CHAT_STMT(held_elsewhere,
-		  "SELECT true FROM chat.chat_job AS j"
-		  " JOIN chat.chat_task AS t ON t.id = j.task_id"
-		  " WHERE j.holder <> $2 AND t.slot = $1 LIMIT 1",
-		  INT2OID, INT8OID);
+/*
+ * $1 tasks that were moved: who holds them.  Whoever is about to take one has
+ * it locked, and has read its slot.
+ */
+CHAT_STMT(lock_holders,
+		  "SELECT j.holder FROM chat.chat_job AS j"
+		  " WHERE j.task_id = ANY ($1) AND j.kind = 'completion'"
+		  " FOR UPDATE NOWAIT",
+		  UUIDARRAYOID);
 
 /* Declares the setting of the retention. */
 void
@@ -152,25 +155,49 @@ lock_partition(int slot)
 }
 
 /*
+ * Moves what goes on to the open slot; true if there was anything.  A stream
+ * of another worker ends first: it writes to the slot that it knows.
+ */
+static bool
+move_on(int64 holder, int slot, int open)
+{
+	Datum		values[2] = {Int16GetDatum(slot), Int16GetDatum(open)};
+	int			n = (int) chat_db_exec(&move_tasks, values, NULL);
+	pg_uuid_t  *ids = palloc(sizeof(pg_uuid_t) * Max(n, 1));
+	Datum	   *tasks = palloc(sizeof(Datum) * Max(n, 1));
+
+	if (n == 0)
+		return false;
+	for (int i = 0; i < n; i++)
+	{
+		ids[i] = chat_db_uuid(i, 1);
+		tasks[i] = UUIDPGetDatum(&ids[i]);
+	}
+	values[0] = chat_db_array(&chat_uuids, tasks, n);
+	n = (int) chat_db_exec(&lock_holders, values, NULL);
+	for (int i = 0; i < n; i++)
+		if (chat_db_int64(i, 1, holder) != holder)
+			ereport(ERROR,
+					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+					 errmsg("another worker writes to event slot %d", slot)));
+	return true;
+}
+
+/*
  * Empties a slot, having moved what goes on to the open one; false if
  * somebody is in the way.
  */
 static bool
 retire_slot(ChatRetired *r, int slot, int open)
 {
-	Datum		values[2] = {Int16GetDatum(slot), Int16GetDatum(open)};
-	Datum		held[2] = {Int16GetDatum(open), Int64GetDatum(r->holder)};
+	Datum		values[1] = {Int16GetDatum(slot)};
 	char		sql[80];
 
 	if (!lock_partition(slot))
 		return false;
-	r->moved = chat_db_exec(&move_tasks, values, NULL) > 0;
+	r->moved = move_on(r->holder, slot, open);
 	r->from = slot;
 	r->to = open;
-	if (r->moved && chat_db_exec(&held_elsewhere, held, NULL) > 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("another worker writes to event slot %d", slot)));
 	snprintf(sql, sizeof(sql), "TRUNCATE chat.chat_event_%d", slot);
 	if (SPI_execute(sql, false, 0) != SPI_OK_UTILITY)
 		elog(ERROR, "could not empty chat_event_%d", slot);

@@ -208,6 +208,85 @@ is_deeply(
 	],
 	'T46: a task that ended before any event has its end, too');
 
+# several workers: each stream writes to the slot that its worker knows
+$node->append_conf('postgresql.conf', 'chat.workers = 2');
+set_retention('1h');
+wait_for($node, 'SELECT count(*) = 2 FROM chat.worker_status() WHERE pid > 0');
+$node->safe_psql('postgres',
+	"SELECT chat.register_tool(kind => 'client', name => 'ask_user', shared => true)");
+
+# Starts streams that stand at a gate until both workers have some.
+sub start_both
+{
+	my ($gate) = @_;
+	my @tasks;
+
+	do
+	{
+		push @tasks, map { ask($node, create_session($node)->{id},
+				"both [[tokens=9 gateat=3:$gate]]") } 1 .. 4;
+		$fake->get_json("/gate/$gate?wait=" . @tasks);
+	} until $node->safe_psql('postgres', 'SELECT count(DISTINCT holder) = 2'
+		  . ' FROM chat.chat_job WHERE holder IS NOT NULL') eq 't';
+	return @tasks;
+}
+
+# Lets them end, and looks whether they are whole.
+sub end_both
+{
+	my ($what, $gate, @tasks) = @_;
+
+	$fake->open_gate($gate, scalar @tasks);
+	wait_for_task($node, $_) foreach @tasks;
+	my @whole = grep {
+		my @events = events($node, $_);
+		text_of(@events) eq join('', map { "t$_ " } 0 .. 8)
+		  && $events[-1]{type} eq 'finish'
+	} @tasks;
+	is(scalar @whole, scalar @tasks, "two workers: $what are whole");
+	return;
+}
+
+# a task that stays, in the same slot as streams of both
+my $waits = ask($node, create_session($node)->{id},
+	'call [[tool=ask_user args={} id=c1 thentext=done]]');
+wait_for($node, "SELECT status = 'waiting' FROM chat.chat_task WHERE id = '$waits'");
+my @waiting = stored_events($node, $waits);
+my @both = start_both('both');
+my $log = -s $node->logfile;
+set_retention('1s');
+$node->wait_for_log(qr/another worker writes to event slot/, $log);
+pass('two workers: a stream keeps its slot until it ends');
+end_both('its streams', 'both', @both);
+wait_until_gone($_) foreach @both;
+is_deeply([ stored_events($node, $waits) ],
+	\@waiting, 'two workers: what waits goes along, whole');
+
+# streams in the open slot are in nobody's way
+set_retention('1h');
+($slot) = $node->safe_psql('postgres',
+	"SELECT slot FROM chat.chat_task WHERE id = '$waits'");
+set_retention('1s');
+wait_for($node, "SELECT count(*) > 1 FROM chat.chat_event_slot"
+	  . " WHERE opened_at >= (SELECT opened_at FROM chat.chat_event_slot WHERE slot = $slot)");
+@both = ();
+my $tries = 0;
+while ($tries++ < 300 && $node->safe_psql('postgres',
+		"SELECT slot = $slot FROM chat.chat_task WHERE id = '$waits'") eq 't')
+{
+	# whichever slot is open, both workers write to it
+	push @both, map { ask($node, create_session($node)->{id},
+			'open [[tokens=9 gateat=3:open]]') } 1 .. 4;
+	$fake->get_json('/gate/open?wait=' . @both);
+}
+cmp_ok($tries, '<', 300, 'two workers: a slot is retired while others write to the open one');
+end_both('the others', 'open', @both);
+wait_until_gone($_) foreach @both;
+$node->safe_psql('postgres', "SELECT chat.submit_tool_output(session_id, 'c1', '42')"
+	  . " FROM chat.chat_task WHERE id = '$waits'");
+is(wait_for_task($node, $waits)->{status}, 'completed', 'two workers: what waited goes on');
+is(text_of(events($node, $waits)), 'done', 'and its stream is whole');
+
 $listener->stop;
 $old->quit;
 $reader->quit;
