@@ -84,6 +84,25 @@ SELECT count(DISTINCT channel) = count(*) AS channels_differ,
 	bool_and(next_sequence = 1 + (SELECT count(*) FROM chat.chat_message AS m WHERE m.session_id = s.id))
 	FILTER (WHERE id <> :s1) AS gapless
 FROM chat.chat_session AS s;
+-- the summary goes with all the messages that it is made of, or not at all
+RESET ROLE;
+CREATE FUNCTION fork_summaries(session uuid, reach bigint) RETURNS TABLE (up_to bigint, summary text, summary_sequence bigint)
+LANGUAGE plpgsql AS $$
+DECLARE
+	f chat.chat_session;
+BEGIN
+	UPDATE chat.chat_session AS s SET summary = 'S', summary_sequence = reach WHERE s.id = session;
+	FOR up_to IN SELECT * FROM unnest(ARRAY[1, 2, 3, 4, 5, NULL]) LOOP
+		SELECT * INTO f FROM chat.fork_chat_session(session, up_to);
+		summary := f.summary;
+		summary_sequence := f.summary_sequence;
+		RETURN NEXT;
+	END LOOP;
+END
+$$;
+SELECT reach, f.* FROM unnest(ARRAY[1, 3, 4, 5]) AS reach, LATERAL fork_summaries(:s1, reach) AS f;
+UPDATE chat.chat_session SET summary = NULL, summary_sequence = 0;
+SET ROLE regress_chat_ann;
 -- what is forked goes its own way
 SELECT id AS f FROM chat.fork_chat_session(:s1, 3) \gset
 SELECT sequence FROM chat.add_chat_message(:'f', 'user', 'other');
@@ -119,6 +138,19 @@ SELECT * FROM forks(:s1) WHERE up_to IN (2, 4);
 SELECT id, owner FROM chat.import_chat_session(:'document', session_id => :s2, owner => 'regress_chat_team');
 SELECT chat.export_chat_session(:s2) - 'session_id' = :'document'::jsonb - 'session_id' AS the_same;
 SELECT state, message FROM raised(format('SELECT chat.import_chat_session(%L, gen_random_uuid(), ''regress_chat_mallory'')', :'document'));
+-- with its summary, which no copy is without
+RESET ROLE;
+UPDATE chat.chat_session SET summary = 'S', summary_sequence = 3 WHERE id = :s1;
+SET ROLE regress_chat_ann;
+SELECT chat.export_chat_session(:s1) AS summed_up \gset
+SELECT :'summed_up'::jsonb - ARRAY['summary', 'summary_sequence'] = :'document'::jsonb AS all_else,
+	:'summed_up'::jsonb ->> 'summary' AS summary, :'summed_up'::jsonb -> 'summary_sequence' AS reach;
+SELECT id AS f, summary, summary_sequence FROM chat.import_chat_session(:'summed_up', gen_random_uuid()) \gset
+SELECT chat.export_chat_session(:'f') - 'session_id' = :'summed_up'::jsonb - 'session_id' AS the_same,
+	summary, summary_sequence FROM chat.chat_session WHERE id = :'f';
+RESET ROLE;
+UPDATE chat.chat_session SET summary = NULL, summary_sequence = 0 WHERE id = :s1;
+SET ROLE regress_chat_ann;
 -- documents of others
 SELECT id IS NOT NULL AS id, owner, next_sequence FROM chat.import_chat_session('{}');
 SELECT next_sequence FROM chat.import_chat_session('{"messages": [
@@ -128,6 +160,8 @@ SELECT d, r.* FROM unnest(ARRAY['[]', '1', '{"x": 1}', '{"format": "chat/2"}', '
 	'{"messages": [{"role": "user", "superseded_by": 0}]}',
 	'{"messages": [{"role": "user", "superseded_by": "x"}]}',
 	'{"messages": [{"role": "user", "task_id": "x"}]}',
+	'{"summary": "x"}', '{"summary_sequence": 1}', '{"summary": "x", "summary_sequence": 1}',
+	'{"summary": "x", "summary_sequence": 0, "messages": [{"role": "user"}]}', '{"summary": 1, "summary_sequence": 1}',
 	'{"updated_at": "x"}', '{"server": "nowhere"}']) WITH ORDINALITY AS v(d, n),
 	LATERAL raised(format('SELECT chat.import_chat_session(%L)', d)) AS r ORDER BY n;
 SELECT * FROM raised('SELECT chat.import_chat_session(NULL)');
@@ -293,6 +327,6 @@ DROP INDEX chat.chat_message_search_simple, chat.chat_message_search_english;
 DELETE FROM chat.chat_session;
 SELECT chat.revoke_usage(r::regrole) FROM unnest(ARRAY['regress_chat_ann',
 	'regress_chat_team', 'regress_chat_mallory']) AS r;
-DROP FUNCTION forks, found;
+DROP FUNCTION forks, found, fork_summaries;
 DROP ROLE regress_chat_ann, regress_chat_team, regress_chat_mallory;
 DROP FUNCTION raised;

@@ -1333,7 +1333,12 @@ LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
 	SELECT (chat.get_chat_session(export_chat_session.session_id, all_branches => true)
 		OPERATOR(pg_catalog.-) '{credentials,channel,usage,queued}'::text[])
-		OPERATOR(pg_catalog.||) '{"format": "chat/1"}';
+		OPERATOR(pg_catalog.||) '{"format": "chat/1"}'
+		OPERATOR(pg_catalog.||) (SELECT CASE WHEN s.summary IS NULL THEN '{}'
+			ELSE pg_catalog.jsonb_build_object('summary', s.summary,
+				'summary_sequence', s.summary_sequence) END
+			FROM chat.chat_session AS s
+			WHERE s.id = export_chat_session.session_id);
 END;
 COMMENT ON FUNCTION chat.export_chat_session IS 'a session with all of its branches as a document, without credentials';
 

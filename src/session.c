@@ -53,6 +53,8 @@ typedef enum DocumentColumn
 	DOC_MESSAGES = DOC_STORED,
 	DOC_USAGE,
 	DOC_FORMAT,
+	DOC_SUMMARY,
+	DOC_SUMMARY_SEQUENCE,
 	DOC_COLUMNS
 } DocumentColumn;
 
@@ -145,11 +147,14 @@ CHAT_STMT(restore_messages,
 		  "  OR" CHAT_SESSION_PENDING("m") ")",
 		  UUIDOID, JSONBOID);
 
+/* $1 session, $2 document, $3 summary or NULL, $4 how far it reaches */
 CHAT_STMT(restore_session,
 		  "UPDATE chat.chat_session AS s SET updated_at ="
-		  " COALESCE(($2 ->> 'updated_at')::timestamptz, s.updated_at)"
+		  " COALESCE(($2 ->> 'updated_at')::timestamptz, s.updated_at),"
+		  " summary = $3,"
+		  " summary_sequence = CASE WHEN $3 IS NULL THEN 0 ELSE $4 END"
 		  " WHERE s.id = $1 RETURNING s",
-		  UUIDOID, JSONBOID);
+		  UUIDOID, JSONBOID, TEXTOID, INT8OID);
 
 CHAT_STMT(document_of,
 		  "SELECT chat.get_chat_session($1)",
@@ -296,6 +301,9 @@ static const ChatField document_fields[] =
 	CHAT_FIELD("updated_at", CHAT_FIELD_TIME, CHAT_FIELD_NO_COLUMN),
 	CHAT_FIELD("queued", CHAT_FIELD_ARRAY, CHAT_FIELD_NO_COLUMN),
 	CHAT_FIELD("format", CHAT_FIELD_TEXT, DOC_FORMAT),
+	CHAT_FIELD("summary", CHAT_FIELD_TEXT, DOC_SUMMARY),
+	CHAT_FIELD_RANGE("summary_sequence", CHAT_FIELD_INTEGER,
+					 DOC_SUMMARY_SEQUENCE, 1, CHAT_FIELD_MAX),
 };
 static const ChatFieldTable document_table =
 {"key", document_fields, lengthof(document_fields), false, true};
@@ -994,6 +1002,24 @@ check_sequences(const ChatEntries *entries)
 	}
 }
 
+/* Checks that a summary that is imported is one of the document's messages. */
+static void
+check_summary(const Document *doc, const ChatEntries *entries)
+{
+	if (doc->nulls[DOC_SUMMARY] != doc->nulls[DOC_SUMMARY_SEQUENCE])
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("\"summary\" and \"summary_sequence\" go together")));
+	if (!doc->nulls[DOC_SUMMARY] &&
+		DatumGetInt64(doc->values[DOC_SUMMARY_SEQUENCE]) > entries->n)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("the summary reaches beyond the messages"),
+				 errdetail("\"summary_sequence\" is %lld, the last message has %d.",
+						   (long long) DatumGetInt64(doc->values[DOC_SUMMARY_SEQUENCE]),
+						   entries->n)));
+}
+
 /* import_chat_session: returns the row. */
 Datum
 chat_session_import(PG_FUNCTION_ARGS)
@@ -1001,7 +1027,7 @@ chat_session_import(PG_FUNCTION_ARGS)
 	ChatScope	scope;
 	Document	doc;
 	ChatEntries entries;
-	Datum		values[2];
+	Datum		values[4];
 
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
@@ -1009,6 +1035,7 @@ chat_session_import(PG_FUNCTION_ARGS)
 				 errmsg("document must not be null")));
 	read_document(PG_GETARG_JSONB_P(0), &doc, &entries);
 	check_sequences(&entries);
+	check_summary(&doc, &entries);
 	if (!PG_ARGISNULL(1))
 		set_column(&doc, DOC_ID, PG_GETARG_DATUM(1));
 	chat_db_enter(&scope);
@@ -1023,6 +1050,9 @@ chat_session_import(PG_FUNCTION_ARGS)
 	values[1] = PG_GETARG_DATUM(0);
 	if (entries.n > 0)
 		chat_db_exec(&restore_messages, values, NULL);
-	chat_db_exec(&restore_session, values, NULL);
+	values[2] = doc.values[DOC_SUMMARY];
+	values[3] = doc.values[DOC_SUMMARY_SEQUENCE];
+	chat_db_exec(&restore_session, values,
+				 doc.nulls[DOC_SUMMARY] ? "  nn" : NULL);
 	return leave_with_row(&scope);
 }

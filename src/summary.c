@@ -30,9 +30,8 @@
 #define DEFAULT_WINDOW 60000
 /* the instruction's part of it */
 #define FRAME 200
-/* at least this much is read, and of a message shown, in tokens */
+/* at least this much is read, in tokens */
 #define MIN_TRANSCRIPT 200
-#define MIN_SHOWN 20
 
 #define INSTRUCTION \
 	"You keep the memory of a long conversation. Write a summary of what the " \
@@ -76,8 +75,9 @@ CHAT_STMT(try_session,
 
 /*
  * $1 job, $2 epoch, $3 holder, $4 summary or NULL, $5 how far it reaches, $6
- * whether that is far enough: stored unless the conversation took another
- * course meanwhile.  The turns that wait go on, or the job does.
+ * whether that is far enough, $7 of how many messages it was made: stored
+ * unless the conversation took another course meanwhile, or is about to.  The
+ * turns that wait go on, or the job does.
  */
 CHAT_STMT(store_summary,
 		  "WITH mine AS MATERIALIZED ("
@@ -89,9 +89,13 @@ CHAT_STMT(store_summary,
 		  "  summary_sequence = CASE WHEN $4 IS NULL THEN s.summary_sequence"
 		  "   ELSE $5 END,"
 		  "  summary_failed_at = CASE WHEN $4 IS NULL THEN now() END"
-		  " FROM mine WHERE s.id = mine.session_id AND s.summary_sequence < $5"
-		  "  AND EXISTS (SELECT FROM chat.chat_message AS m"
-		  "   WHERE m.session_id = s.id AND m.active AND m.sequence = $5)"
+		  " FROM mine WHERE s.id = mine.session_id AND ($4 IS NULL OR $7 ="
+		  "   (SELECT count(*) FROM chat.chat_message AS m"
+		  "   WHERE m.session_id = s.id AND m.active"
+		  "    AND m.sequence > s.summary_sequence AND m.sequence <= $5)"
+		  "  AND NOT EXISTS (SELECT FROM chat.chat_task AS t"
+		  "   WHERE t.session_id = s.id AND t.superseded = 'rollback'"
+		  "    AND t.finished_at IS NULL))"
 		  " RETURNING s.id"
 		  "), over AS MATERIALIZED ("
 		  " SELECT mine.* FROM mine"
@@ -107,7 +111,7 @@ CHAT_STMT(store_summary,
 		  "  AND j.holder IS NULL AND NOT j.parked AND j.run_at > now()"
 		  "  AND j.waited & " CppAsString2(CHAT_WAITED_SUMMARY) " <> 0)"
 		  " SELECT session_id FROM mine",
-		  INT8OID, INT8OID, INT8OID, TEXTOID, INT8OID, BOOLOID);
+		  INT8OID, INT8OID, INT8OID, TEXTOID, INT8OID, BOOLOID, INT8OID);
 
 /* Asks for a summary. */
 void
@@ -162,6 +166,14 @@ chat_summary_insert(const ChatJob *job, ChatContext *context)
 
 /* ---------- the request ---------- */
 
+/* What a summary is made of. */
+typedef struct Span
+{
+	int64		reach;			/* sequence of the last message */
+	int64		messages;
+	bool		whole;			/* none was left for a further one */
+} Span;
+
 /* Returns how a message is shown, in at most so many tokens or so. */
 static char *
 show(uint64 row, int64 most)
@@ -181,13 +193,14 @@ show(uint64 row, int64 most)
 
 /*
  * Builds what is to be summed up: the summary so far, and as many of the
- * oldest messages as fit; says how far that reaches.
+ * oldest messages as fit; says which those are.
  */
 static char *
-transcript(uint64 rows, int64 budget, int64 *reach)
+transcript(uint64 rows, int64 budget, Span *span)
 {
 	StringInfoData out;
 	char	   *summary = chat_db_text(0, 4);
+	int64		most;
 
 	initStringInfo(&out);
 	if (summary)
@@ -195,20 +208,21 @@ transcript(uint64 rows, int64 budget, int64 *reach)
 		budget -= chat_tokens_estimate(summary, strlen(summary));
 		appendStringInfo(&out, "Summary of what came before:\n%s\n\n", summary);
 	}
-	budget = Max(budget, MIN_TRANSCRIPT);
+	most = budget = Max(budget, MIN_TRANSCRIPT);
 	for (uint64 row = 0; row < rows; row++)
 	{
-		char	   *shown = show(row, budget);
+		/* only one that is larger than all that is read is cut */
+		char	   *shown = show(row, most);
 		int64		tokens = chat_tokens_estimate(shown, strlen(shown));
 
 		if (row > 0 && tokens > budget)
 			break;
 		budget -= tokens;
 		appendStringInfo(&out, "%s\n\n", shown);
-		*reach = chat_db_int64(row, 5, 0);
-		if (budget < MIN_SHOWN)
-			break;
+		span->reach = chat_db_int64(row, 5, 0);
+		span->messages++;
 	}
+	span->whole = (uint64) span->messages == rows && rows < MAX_MESSAGES;
 	return out.data;
 }
 
@@ -229,7 +243,7 @@ prepare(ChatSide *side)
 	uint64		rows = chat_db_exec(&load_summary, values, NULL);
 	const char *model = side->server->summary_model;
 	int64		most = MAX_TOKENS;
-	int64	   *reach;
+	Span	   *span;
 	char	   *text;
 
 	MemoryContextSwitchTo(side->context);
@@ -241,9 +255,9 @@ prepare(ChatSide *side)
 		most = Min(most, Max(window / 8, 50));
 	else
 		window = DEFAULT_WINDOW;
-	side->extra = reach = palloc0(sizeof(int64));
+	side->extra = span = palloc0(sizeof(Span));
 	/* an estimate is only one: leave a tenth of the window free */
-	text = transcript(rows, window * 9 / 10 - most - FRAME, reach);
+	text = transcript(rows, window * 9 / 10 - most - FRAME, span);
 	if (model == NULL)
 		model = chat_context_member(side->settings, "model");
 	side->body = chat_side_completion(side, model ? model
@@ -255,20 +269,22 @@ prepare(ChatSide *side)
 static bool
 store(ChatSide *side, int64 holder)
 {
-	Datum		values[6] = {UUIDPGetDatum(&side->session)};
+	Datum		values[7] = {UUIDPGetDatum(&side->session)};
 	bool		got = side->text != NULL && side->text[0] != '\0';
-	int64		wanted = wanted_reach(side);
-	int64		reach = got ? *(int64 *) side->extra : wanted;
+	Span		span = {0, 0, true};
 
 	if (chat_db_exec(&try_session, values, NULL) == 0)
 		return false;
+	if (got)
+		span = *(Span *) side->extra;
 	values[0] = Int64GetDatum(side->job);
 	values[1] = Int64GetDatum(side->epoch);
 	values[2] = Int64GetDatum(holder);
 	values[3] = got ? CStringGetTextDatum(side->text) : (Datum) 0;
-	values[4] = Int64GetDatum(reach);
-	values[5] = BoolGetDatum(!got || reach >= wanted);
-	if (chat_db_exec(&store_summary, values, got ? "      " : "   n  ") > 0)
+	values[4] = Int64GetDatum(span.reach);
+	values[5] = BoolGetDatum(span.whole);
+	values[6] = Int64GetDatum(span.messages);
+	if (chat_db_exec(&store_summary, values, got ? "       " : "   n   ") > 0)
 		chat_side_count(side, "summary");
 	if (side->error)
 		ereport(LOG,

@@ -114,6 +114,17 @@ CHAT_STMT(supersede_tasks,
 		  "  AND j.kind = 'completion'",
 		  UUIDOID, TEXTOID);
 
+/* $1 session: a summary of what is about to be hidden is none */
+CHAT_STMT(forget_summary,
+		  "UPDATE chat.chat_session AS s SET summary = NULL,"
+		  " summary_sequence = 0 WHERE s.id = $1 AND s.summary IS NOT NULL"
+		  " AND EXISTS (SELECT FROM chat.chat_task AS t"
+		  "  JOIN chat.chat_message AS m ON m.session_id = t.session_id"
+		  "   AND m.task_id = t.id AND m.sequence <= s.summary_sequence"
+		  "  WHERE t.session_id = $1 AND t.superseded = 'rollback'"
+		  "   AND t.finished_at IS NULL)",
+		  UUIDOID);
+
 /* CHAT_VISIBLE of the session, $4 task: locks the session */
 CHAT_STMT(lock_task_session,
 		  "SELECT s.id FROM chat.chat_session AS s WHERE" CHAT_VISIBLE
@@ -360,6 +371,7 @@ make_room(const ChatCall *c)
 	{
 		values[1] = CStringGetTextDatum(c->on_busy);
 		chat_db_exec(&supersede_tasks, values, NULL);
+		chat_db_exec(&forget_summary, values, NULL);
 	}
 	else if (chat_db_exec(&find_busy, values, NULL) > 0)
 		ereport(ERROR,
