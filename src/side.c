@@ -22,6 +22,7 @@
 #include "stream.h"
 #include "summary.h"
 #include "title.h"
+#include "tokens.h"
 
 /* longest time of a request, in ms */
 #define MAX_TIME 30000
@@ -370,6 +371,7 @@ settle(ChatSide *s)
 		fail(s, t->error);
 	else if (t->status >= 200 && t->status <= 299)
 	{
+		s->worked = true;
 		if (s->type->read(s, body, t->len))
 			s->ended = true;
 		else
@@ -430,6 +432,7 @@ chat_side_check_time(int64 now)
 		}
 		chat_http_close(s->transfer);
 		s->transfer = NULL;
+		s->worked = true;
 		fail(s, "no answer came in time");
 	}
 	return due;
@@ -603,8 +606,13 @@ chat_side_read_completion(ChatSide *s, const char *body, size_t len)
 {
 	ChatChunk	chunk;
 
-	if (!chat_openai.parse_response(body, len, &chunk) || chunk.is_error)
+	if (!chat_openai.parse_response(body, len, &chunk))
 		return false;
+	if (chunk.is_error)
+	{
+		s->worked = false;
+		return false;
+	}
 	if (chunk.has_usage)
 		s->usage = chunk.usage;
 	s->model = pnstrdup(chunk.model.data ? chunk.model.data : "",
@@ -614,26 +622,36 @@ chat_side_read_completion(ChatSide *s, const char *body, size_t len)
 	return true;
 }
 
-/* Counts what a request has used, for its session and for itself. */
+/* Estimates the tokens of a text that may be missing. */
+static int64
+guess(const char *text)
+{
+	return text ? chat_tokens_estimate(text, strlen(text)) : 0;
+}
+
+/*
+ * Counts what a request has used, for its session and for itself.  One that
+ * was refused has cost nothing, one that we left has.
+ */
 void
 chat_side_count(const ChatSide *s, const char *kind)
 {
 	const ChatUsage *u = &s->usage;
 	bool		guessed = u->prompt < 0 || u->completion < 0;
+	bool		has_model = s->model && s->model[0];
 	Datum		values[9];
 	char		nulls[10] = "         ";
 
-	if (s->text == NULL)
+	if (!s->worked)
 		return;
 	values[0] = UUIDPGetDatum(&s->session);
 	values[1] = CStringGetTextDatum(kind);
 	values[2] = CStringGetTextDatum(s->server_name);
-	values[3] = CStringGetTextDatum(s->model);
-	nulls[3] = s->model[0] ? ' ' : 'n';
-	values[4] = Int64GetDatum(u->prompt >= 0 ? u->prompt
-							  : (int64) strlen(s->body) / 4);
+	values[3] = has_model ? CStringGetTextDatum(s->model) : (Datum) 0;
+	nulls[3] = has_model ? ' ' : 'n';
+	values[4] = Int64GetDatum(u->prompt >= 0 ? u->prompt : guess(s->body));
 	values[5] = Int64GetDatum(u->completion >= 0 ? u->completion
-							  : ((int64) strlen(s->text) + 3) / 4);
+							  : guess(s->text));
 	values[6] = Int64GetDatum(Max(u->cached, 0));
 	values[7] = Int64GetDatum(Max(u->reasoning, 0));
 	values[8] = BoolGetDatum(guessed);

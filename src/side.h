@@ -67,6 +67,7 @@ struct ChatSide
 	/* the answer */
 	bool		ended;
 	bool		failed;
+	bool		worked;			/* the endpoint did: it was no refusal */
 	char	   *error;			/* why, without keys */
 	char	   *text;
 	char	   *model;

@@ -66,6 +66,8 @@ ok(!exists $body->{temperature} && !$body->{stream} && !exists $body->{tools},
 	'without what belongs to turns');
 is(length $body->{messages}[-1]{content}, 500, 'with the first 500 characters');
 is($body->{messages}[0]{role}, 'system', 'behind an instruction');
+like($body->{messages}[0]{content}, qr/three to six words.*without quotation marks and without punctuation/,
+	'that says how many words, and what not');
 my @told = $listener->until(sub { $_[0]{type} eq 'data-title' });
 is_deeply($told[-1]{event},
 	{
@@ -177,6 +179,29 @@ is_deeply(row($node, "SELECT kind, server, model, prompt_tokens, completion_toke
 	'what the title has cost');
 is(row($node, "SELECT total_prompt_tokens AS n FROM chat.chat_session WHERE id = '$u'")->{n},
 	18, 'counts for the session');
+
+# Returns what is counted for the titles of a session.
+sub counted
+{
+	my ($id) = @_;
+	return rows($node, "SELECT prompt_tokens > 50 AS asked, completion_tokens AS answered, estimated FROM chat.chat_usage WHERE session_id = '$id'");
+}
+
+is_deeply([ counted(titled('q [[for=title usage=none text=%E4%BD%A0%E5%A5%BD%E4%B8%96%E7%95%8C]]')) ],
+	[ { asked => JSON::PP::true, answered => 5, estimated => JSON::PP::true } ],
+	'where the endpoint does not count, it is estimated');
+is(counted(titled('q [[for=title status=500]]')), 0, 'a refusal has cost nothing');
+
+# which model: the session's own wish, else the server's title_model, else the
+# model of the turns
+$node->safe_psql('postgres', server_sql($fake->port, name => 'plain', model => 'plain-1'));
+foreach my $case ([ 'anthropic/mine', settings => '{"title_model": "anthropic/mine"}' ], [ 'plain-1', server => 'plain' ],
+	[ 'plain-2', server => 'plain', settings => '{"model": "plain-2"}' ])
+{
+	my ($model, %session) = @$case;
+	titled('which model? [[tokens=1]]', %session);
+	is((title_requests())[-1]{body}{model}, $model, "a title by $model");
+}
 
 # many at once: more than are under way at a time
 $node->safe_psql('postgres', <<'EOS');

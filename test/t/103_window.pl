@@ -167,6 +167,30 @@ wait_for_task($node, ask($node, $s, 'and on [[tokens=1]]'));
 is(summaries(), 1, 'the next turn uses it');
 like((sent())[0]{content}, qr/RECAP/, 'as it is');
 
+# what it holds does not come back, and it is none of the messages that count
+wait_for_task($node, ask($node, $s, 'few [[tokens=1]]', options => '{"max_context_messages": 5}'));
+@m = sent();
+like($m[0]{content}, qr/RECAP/, 'it stands before the newest messages');
+is(scalar @m, 6, 'of which there are as many as are wanted');
+like($m[-1]{content}, qr/^few /, 'with the question');
+wait_for_task($node, ask($node, $s, 'many [[tokens=1]]', options => '{"max_context_messages": 500}'));
+is(scalar(grep { $_->{content} =~ /^(?:start|Message number (?:3|4|5)\.)/ } sent()), 0, 'no more than what came since');
+
+# a copy goes on with it, if it holds all that the summary is made of
+my $copy = row($node, "SELECT id, summary_sequence AS n FROM chat.fork_chat_session('$s')");
+is($copy->{n}, $reach, 'a fork has the summary');
+wait_for_task($node, ask($node, $copy->{id}, 'in the fork [[tokens=1]]'));
+like((sent())[0]{content}, qr/RECAP/, 'and its turns use it');
+$copy = row($node, "SELECT id, summary FROM chat.fork_chat_session('$s', " . ($reach - 1) . ')');
+is($copy->{summary}, undef, 'a fork of less than the summary reaches has none');
+$copy = row($node, "SELECT id FROM chat.fork_chat_session('$s', 6)");
+wait_for_task($node, ask($node, $copy->{id}, 'in the past [[tokens=1]]'));
+is(scalar(grep { $_->{content} =~ /RECAP<|conversation_summary/ } sent()), 0, 'nor do its turns know of it');
+$copy = row($node, "SELECT id FROM chat.import_chat_session(chat.export_chat_session('$s'), gen_random_uuid())");
+wait_for_task($node, ask($node, $copy->{id}, 'imported [[tokens=1]]'));
+like((sent())[0]{content}, qr/RECAP/, 'export and import carry it');
+is(summaries(), 1, 'none of them has asked for another');
+
 # the next one is made of it
 append($s, [ 'user', 'more [[text=RECAP%202]]' ], [ 'assistant', 'fine' ]);
 chatter($s, 101, 20);
@@ -213,6 +237,83 @@ $t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
 is($t->{compaction}, 'truncated', 'so does the next');
 is(summaries(), 1, 'which does not ask again at once');
 
+# one that does not come: the turn does not wait for ever
+$node->safe_psql('postgres', server_sql($fake->port, name => 'hasty', context_window => 2000,
+		max_tokens => 200, summarize => 'on', stream_timeout => '500ms'));
+$s = create_session($node, server => 'hasty')->{id};
+append($s, [ 'user', 'start [[gatehead=never]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 46);
+$t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
+is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'truncated' ], 'a turn whose summary takes too long goes on without');
+is_deeply([ rows($node, "SELECT prompt_tokens > 500 AS asked, completion_tokens, estimated FROM chat.chat_usage WHERE session_id = '$s'") ],
+	[ { asked => JSON::PP::true, completion_tokens => 0, estimated => JSON::PP::true } ], 'what it has cost is guessed at');
+
+# calls and their results stay together
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'start [[text=RECAP]]' ],
+	map {
+		my $n = $_;
+		([ 'assistant', "Step $n. ", { tool_calls => [ map { { id => "s$n-$_", type => 'function', function => { name => 'look', arguments => '{}' } } } 1 .. 3 ] } ],
+			map { [ 'tool', "result s$n-$_. " . 'some words ' x 12, { tool_call_id => "s$n-$_" } ] } 1 .. 3)
+	} 1 .. 12);
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
+is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], 'steps with calls are summed up');
+@m = sent();
+is($m[1]{role}, 'assistant', 'behind the summary a step begins');
+is_deeply([ map { $_->{tool_call_id} } grep { $_->{role} eq 'tool' } @m ],
+	[ map { map { $_->{id} } @{ $_->{tool_calls} } } grep { $_->{tool_calls} } @m ], 'each call has its result');
+my ($first) = $m[1]{content} =~ /^Step (\d+)/;
+my $summed = join '', map { $_->{body}{messages}[1]{content} } summaries();
+ok($summed =~ /result s@{[ $first - 1 ]}-3\./ && $summed !~ /result s$first-1\./, 'the summary ends where the step begins');
+
+# behind what was set aside there is nothing more to sum up
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'start [[text=RECAP]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 78);
+$node->safe_psql('postgres', "UPDATE chat.chat_message SET active = false, superseded_by = sequence + 1 WHERE session_id = '$s' AND role = 'assistant'");
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
+is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], 'a summary that ends before a superseded message');
+is(summaries(), 1, 'is whole');
+is(row($node, "SELECT summary_failed_at FROM chat.chat_session WHERE id = '$s'")->{summary_failed_at}, undef, 'and has not failed');
+
+# a question that is edited while its answer is summed up
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'start [[text=RECAP gatehead=edit]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 46);
+$task = ask($node, $s, 'go on [[tokens=1]]');
+$fake->wait_at_gate('edit');
+is($node->safe_psql('postgres', "SELECT extract(epoch FROM run_at - now()) BETWEEN 0 AND 30 FROM chat.chat_job WHERE kind = 'completion'"),
+	't', 'a turn waits 30 seconds at most');
+$node->safe_psql('postgres', "SELECT chat.cancel_task('$task')");
+wait_for_task($node, $task);
+wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.edit_message('$s', 5, 'other [[tokens=1]]')"));
+$fake->open_gate('edit');
+wait_for($node, "SELECT count(*) = 0 FROM chat.chat_job");
+is_deeply(row($node, "SELECT summary, summary_sequence FROM chat.chat_session WHERE id = '$s'"),
+	{ summary => undef, summary_sequence => 0 }, 'a summary of what was edited meanwhile is not stored');
+
+# rolled back while it waits: what was summed up before serves the next turn
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'start [[text=RECAP gatehead=roll]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 46);
+ask($node, $s, 'go on [[tokens=1]]');
+$fake->wait_at_gate('roll');
+$task = ask($node, $s, 'instead [[tokens=1]]', on_busy => 'rollback');
+$fake->open_gate('roll');
+$t = wait_for_task($node, $task);
+is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], 'a turn that takes the place of one that waited');
+is(scalar(grep { $_->{content} =~ /go on/ } sent()), 0, 'does not see its question');
+# and what the summary has of a turn that is rolled back is forgotten
+$task = ask($node, $s, 'secret [[gatehead=secret]]');
+$fake->wait_at_gate('secret');
+$node->safe_psql('postgres', "UPDATE chat.chat_session SET summary = 'a SECRET', summary_sequence = next_sequence - 1 WHERE id = '$s'");
+# another one will be made
+$fake->open_gate('roll', 9);
+wait_for_task($node, ask($node, $s, 'forget it [[tokens=1]]', on_busy => 'rollback'));
+is(scalar(grep { $_->{content} =~ /secret/i } sent()), 0, 'a summary of what was rolled back is forgotten');
+
 # cancelled while it waits; a locked session; another worker
 foreach my $case ('cancel', 'worker')
 {
@@ -257,5 +358,33 @@ $t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_
 is($t->{status}, 'failed', 'one that is never satisfied');
 is($t->{error}{code}, 'context_length_exceeded', 'fails the task');
 is(scalar $fake->completions, 2, 'after one more try');
+
+# where summaries are wanted, it gets one
+$node->safe_psql('postgres', server_sql($fake->port, name => 'large', context_window => 100000, summarize => 'on'));
+$s = create_session($node, server => 'large')->{id};
+append($s, [ 'user', 'start [[text=RECAP]]' ], [ 'assistant', 'fine' ]);
+chatter($s, 3, 58);
+$t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_exceeded times=1 key=large]]'));
+is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], 'a request that was refused is summed up');
+like((sent())[0]{content}, qr/RECAP/, 'and sent again');
+
+# ---------- all that a request holds counts
+
+# Returns what the first request of a session is estimated at.
+sub estimate
+{
+	my (%settings) = @_;
+	my $id = create_session($node, settings => encode(\%settings))->{id};
+
+	return wait_for_task($node, ask($node, $id, 'hi [[tokens=1]]'))->{context_tokens};
+}
+
+$node->safe_psql('postgres', <<'EOS');
+SELECT chat.set_prompt('long', repeat('word ', 300));
+SELECT chat.register_tool(kind => 'client', name => 'wordy', description => repeat('word ', 500));
+EOS
+my $plain = estimate(tools => []);
+cmp_ok(abs(estimate(tools => [], prompt => 'long') - $plain - 300), '<', 30, 'the system prompt counts');
+cmp_ok(abs(estimate() - $plain - 530), '<', 60, 'so do the schemas of tools');
 
 done_testing();
