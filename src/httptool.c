@@ -54,6 +54,7 @@ typedef struct HttpCall
 	Oid			owner;
 	int			attempts;
 	bool		idempotent;
+	bool		long_running;
 	char	   *call_id;
 	char	   *name;
 	char	   *input;
@@ -100,7 +101,8 @@ CHAT_STMT(claim_http,
 		  " SELECT j.id, j.epoch, j.session_id, j.task_id, j.operation_id,"
 		  "  j.owner, j.attempts, c.idempotent, c.call_id, c.name,"
 		  "  COALESCE(c.input, '{}')::text, t.server::text, t.path,"
-		  "  COALESCE((extract(epoch FROM c.timeout) * 1000)::bigint, -1)"
+		  "  COALESCE((extract(epoch FROM c.timeout) * 1000)::bigint, -1),"
+		  "  c.long_running"
 		  " FROM job AS j JOIN call AS c ON c.operation_id = j.operation_id"
 		  " LEFT JOIN chat.chat_tool AS t ON t.id = c.tool_id AND t.enabled"
 		  " ORDER BY j.id",
@@ -206,6 +208,7 @@ read_call(uint64 row)
 	c->server_name = chat_db_text(row, 12);
 	c->path = chat_db_text(row, 13);
 	c->timeout = chat_db_int64(row, 14, -1);
+	c->long_running = chat_db_bool(row, 15);
 	MemoryContextSwitchTo(old);
 	return c;
 }
@@ -231,7 +234,8 @@ prepare(HttpCall *c)
 		if (c->timeout < 0)
 			c->timeout = c->server->endpoint.stream_timeout;
 		if (c->timeout < 0)
-			c->timeout = chat_tool_default_timeout();
+			c->timeout = c->long_running ? chat_turn_operation_timeout()
+				: chat_tool_default_timeout();
 		MemoryContextSwitchTo(old);
 		ReleaseCurrentSubTransaction();
 	}

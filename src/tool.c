@@ -44,6 +44,7 @@
 #include "tcop/tcopprot.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/guc.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -67,6 +68,8 @@
 #define MAX_TRIES 20
 /* a slot whose worker never came is free again after, in ms */
 #define START_TIME 30000
+/* a function that goes on after its timeout is ended with its process, in ms */
+#define GRACE 2000
 
 static int	tool_workers = 4;
 static int	tool_timeout = 60000;
@@ -94,6 +97,7 @@ typedef struct ToolCall
 } ToolCall;
 
 static ToolCall *current_call = NULL;
+static TimeoutId grace_timeout;
 
 /* Declares the settings of tools. */
 void
@@ -427,7 +431,7 @@ CHAT_STMT(claim_call,
 		  "  s.user_id, c.call_id, c.name, t.function, t.parameters::text,"
 		  "  COALESCE(c.input, '{}')::text, COALESCE(t.read_only, false),"
 		  "  (extract(epoch FROM c.timeout) * 1000)::bigint, j.crashes,"
-		  "  c.operation_id IS NULL"
+		  "  COALESCE(c.long_running, false)"
 		  " FROM job AS j JOIN chat.chat_session AS s ON s.id = j.session_id"
 		  " LEFT JOIN call AS c ON c.operation_id = j.operation_id"
 		  " LEFT JOIN chat.chat_tool AS t ON t.id = c.tool_id AND t.enabled",
@@ -481,7 +485,8 @@ read_call(void)
 	c->parameters = chat_db_text(0, 10);
 	c->input = chat_db_text(0, 11);
 	c->read_only = chat_db_bool(0, 12);
-	c->timeout = chat_db_int64(0, 13, tool_timeout);
+	c->timeout = chat_db_int64(0, 13, chat_db_bool(0, 15) ?
+							   chat_turn_operation_timeout() : tool_timeout);
 	c->crashes = chat_db_int32(0, 14, 0);
 	return c;
 }
@@ -583,13 +588,20 @@ store(const ToolCall *c, bool failed, const char *result)
 
 /* ---------- the process: running a function ---------- */
 
+/* An argument that a call gives. */
+typedef struct Argument
+{
+	const char *name;			/* "": none */
+	Oid			type;
+	char	   *otherwise;		/* its DEFAULT; NULL: it has none */
+} Argument;
+
 /* What a function takes and returns. */
 typedef struct Function
 {
 	char	   *name;			/* qualified and quoted */
 	int			nargs;
-	Oid		   *types;
-	char	  **names;			/* NULL: without names */
+	Argument   *args;
 	Oid			result;
 	bool		returns_set;
 } Function;
@@ -602,10 +614,10 @@ look_up_function(const char *signature, Function *f)
 														   CStringGetDatum(signature)));
 	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(oid));
 	Form_pg_proc form;
-	Oid		   *all_types;
+	Oid		   *types;
 	char	   *modes;
-	char	  **all_names;
-	int			nall;
+	char	  **names;
+	int			n;
 
 	if (!HeapTupleIsValid(tuple))
 		ereport(ERROR,
@@ -620,16 +632,23 @@ look_up_function(const char *signature, Function *f)
 										 NameStr(form->proname));
 	f->result = form->prorettype;
 	f->returns_set = form->proretset;
-	nall = get_func_arg_info(tuple, &all_types, &all_names, &modes);
-	f->types = palloc(sizeof(Oid) * Max(nall, 1));
-	f->names = palloc(sizeof(char *) * Max(nall, 1));
+	n = get_func_arg_info(tuple, &types, &names, &modes);
+	f->args = palloc(sizeof(Argument) * Max(n, 1));
 	f->nargs = 0;
-	for (int i = 0; i < nall; i++)
+	for (int i = 0; i < n; i++)
 	{
-		if (modes && modes[i] != PROARGMODE_IN && modes[i] != PROARGMODE_INOUT)
+		Argument   *a = &f->args[f->nargs];
+
+		if (modes && (modes[i] == PROARGMODE_OUT || modes[i] == PROARGMODE_TABLE))
 			continue;
-		f->types[f->nargs] = all_types[i];
-		f->names[f->nargs++] = all_names ? all_names[i] : "";
+		a->name = names && names[i] ? names[i] : "";
+		a->type = types[i];
+		a->otherwise = NULL;
+		/* the last ones have the defaults */
+		if (++f->nargs > form->pronargs - form->pronargdefaults)
+			a->otherwise = TextDatumGetCString(DirectFunctionCall2(pg_get_function_arg_default,
+																   ObjectIdGetDatum(oid),
+																   Int32GetDatum(i + 1)));
 	}
 	ReleaseSysCache(tuple);
 }
@@ -644,28 +663,66 @@ has_member(JsonbContainer *object, const char *name)
 										&v) != NULL;
 }
 
-/* True if the schema that the model was shown names a property. */
-static bool
-is_in_schema(const char *parameters, const char *name)
+/* Returns the properties of the schema that the model was shown, or NULL. */
+static JsonbContainer *
+schema_properties(const char *parameters)
 {
 	Jsonb	   *schema = parameters ? chat_db_parse_json(parameters) : NULL;
 	JsonbValue	v;
 
-	return schema && JB_ROOT_IS_OBJECT(schema) &&
+	if (schema && JB_ROOT_IS_OBJECT(schema) &&
 		getKeyJsonValueFromContainer(&schema->root, "properties", 10, &v) &&
-		v.type == jbvBinary && JsonContainerIsObject(v.val.binary.data) &&
-		has_member(v.val.binary.data, name);
+		v.type == jbvBinary && JsonContainerIsObject(v.val.binary.data))
+		return v.val.binary.data;
+	return NULL;
+}
+
+/* Returns the json argument that takes the whole object, as schema.c has it. */
+static int
+find_whole(const Function *f, JsonbContainer *properties)
+{
+	int			found = -1;
+
+	for (int i = 0; i < f->nargs; i++)
+	{
+		const Argument *a = &f->args[i];
+
+		if ((a->type != JSONOID && a->type != JSONBOID) ||
+			a->name[0] == '\0' ||
+			(properties && has_member(properties, a->name)))
+			continue;
+		if (found >= 0)
+			return -1;
+		found = i;
+	}
+	return found;
+}
+
+/* Returns an argument that the input does not give. */
+static char *
+absent_argument(const Argument *a)
+{
+	if (a->otherwise == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("the argument \"%s\" is missing", a->name)));
+	return psprintf("(%s)::%s", a->otherwise,
+					format_type_be_qualified(a->type));
 }
 
 /*
  * Builds the statement that calls the function with the input's members as
- * arguments by name: $1 is the input.
+ * arguments: $1 is the input.  All arguments are given, in their places and
+ * with their types: so no other function of the same name is meant.  What the
+ * schema does not name is not the model's to choose.
  */
 static char *
 call_statement(const ToolCall *c, const Function *f)
 {
 	JsonbContainer *input = &DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
 																CStringGetDatum(c->input)))->root;
+	JsonbContainer *properties = schema_properties(c->parameters);
+	int			whole = find_whole(f, properties);
 	StringInfoData args;
 	StringInfoData columns;
 	const char *wrap = "pg_catalog.to_json(q.x)";
@@ -674,21 +731,21 @@ call_statement(const ToolCall *c, const Function *f)
 	initStringInfo(&columns);
 	for (int i = 0; i < f->nargs; i++)
 	{
-		const char *name = quote_identifier(f->names[i]);
-		Oid			type = f->types[i];
+		const Argument *a = &f->args[i];
+		const char *name = quote_identifier(a->name);
 
-		if ((type == JSONOID || type == JSONBOID) &&
-			!is_in_schema(c->parameters, f->names[i]) && f->names[i][0] &&
-			!has_member(input, f->names[i]))
-			appendStringInfo(&args, "%s%s => $1%s", args.len ? ", " : "",
-							 name, type == JSONOID ? "::pg_catalog.json" : "");
-		else if (f->names[i][0] && has_member(input, f->names[i]))
+		appendStringInfoString(&args, i ? ", " : "");
+		if (i == whole)
+			appendStringInfo(&args, "$1::%s", format_type_be_qualified(a->type));
+		else if (properties && has_member(properties, a->name) &&
+				 has_member(input, a->name))
 		{
-			appendStringInfo(&args, "%s%s => r.%s", args.len ? ", " : "",
-							 name, name);
+			appendStringInfo(&args, "r.%s", name);
 			appendStringInfo(&columns, "%s%s %s", columns.len ? ", " : "",
-							 name, format_type_be_qualified(type));
+							 name, format_type_be_qualified(a->type));
 		}
+		else
+			appendStringInfoString(&args, absent_argument(a));
 	}
 	if (f->result == JSONOID || f->result == JSONBOID || f->result == TEXTOID ||
 		f->result == VARCHAROID || f->result == VOIDOID)
@@ -741,6 +798,33 @@ error_result(const ToolCall *c, const ErrorData *edata)
 						   unpack_sql_state(edata->sqlerrcode));
 }
 
+/* Ends the process: the function has caught the end of its time. */
+static void
+run_out(void)
+{
+	ProcDiePending = true;
+	InterruptPending = true;
+	SetLatch(MyLatch);
+}
+
+/* Limits the time of a call. */
+static void
+start_clock(int64 timeout)
+{
+	int			ms = (int) Min(timeout, INT_MAX - GRACE);
+
+	enable_timeout_after(STATEMENT_TIMEOUT, ms);
+	enable_timeout_after(grace_timeout, ms + GRACE);
+}
+
+/* Ends that. */
+static void
+stop_clock(void)
+{
+	disable_timeout(STATEMENT_TIMEOUT, false);
+	disable_timeout(grace_timeout, false);
+}
+
 /* Runs the function in a subtransaction; its error becomes its result. */
 static char *
 try_function(const ToolCall *c, MemoryContext context, bool *failed)
@@ -753,16 +837,16 @@ try_function(const ToolCall *c, MemoryContext context, bool *failed)
 	PG_TRY();
 	{
 		XactReadOnly = c->read_only || DefaultXactReadOnly;
-		enable_timeout_after(STATEMENT_TIMEOUT, (int) Min(c->timeout, INT_MAX));
+		start_clock(c->timeout);
 		result = run_function(c, context);
-		disable_timeout(STATEMENT_TIMEOUT, false);
+		stop_clock();
 		ReleaseCurrentSubTransaction();
 	}
 	PG_CATCH();
 	{
 		ErrorData  *edata;
 
-		disable_timeout(STATEMENT_TIMEOUT, false);
+		stop_clock();
 		MemoryContextSwitchTo(context);
 		edata = CopyErrorData();
 		FlushErrorState();
@@ -916,6 +1000,7 @@ chat_tool_main(Datum slot)
 	chat_shmem_attach(DatumGetInt32(slot), extra[0]);
 	BackgroundWorkerInitializeConnectionByOid(extra[0], extra[1],
 											  CHAT_WORKER_CONNECT_FLAGS);
+	grace_timeout = RegisterTimeout(USER_TIMEOUT, run_out);
 	context = AllocSetContextCreate(TopMemoryContext, "chat tool call",
 									ALLOCSET_DEFAULT_SIZES);
 	while ((c = claim_next(first ? NULL : &session, context)) != NULL)

@@ -118,6 +118,48 @@ is_deeply(
 	[ '{"a": 1, "b": [2]}', '1{"a": 1, "b": 2}', '{"a": 1}' ],
 	'a json argument that the schema does not name takes the whole object');
 
+# what the schema does not name takes its DEFAULT or the object, whatever the
+# model sends; other functions of the same name are others
+tools(<<'EOS');
+CREATE FUNCTION app.discount(percent integer, unlimited boolean DEFAULT false, by text DEFAULT current_user)
+RETURNS text LANGUAGE sql AS $$ SELECT concat_ws(' ', percent, unlimited, by) $$;
+CREATE FUNCTION app.both(a jsonb DEFAULT '1', b jsonb DEFAULT '2') RETURNS text LANGUAGE sql AS $$ SELECT concat_ws(' ', a, b) $$;
+CREATE FUNCTION app.named(doc jsonb, "Else" integer DEFAULT 7, n bigint DEFAULT 8)
+RETURNS text LANGUAGE sql AS $$ SELECT concat_ws(' ', doc, "Else", n) $$;
+EOS
+my $percent = '{"type": "object", "properties": {"percent": {"type": "integer"}}}';
+register($node, 'ann', function => 'app.discount', parameters => $percent);
+register($node, 'ann', function => 'app.both', parameters => '{"type": "object", "properties": {}}');
+register($node, 'ann', function => 'app.named', parameters => '{"type": "object", "properties": {"x": {}}}');
+$node->safe_psql('postgres', <<'EOS');
+CREATE FUNCTION app.over(a text) RETURNS text LANGUAGE sql AS $$ SELECT 'one' $$;
+CREATE FUNCTION app.over(a text, b integer DEFAULT 1) RETURNS text LANGUAGE sql AS $$ SELECT 'two' $$;
+CREATE FUNCTION app.over(b integer, a text) RETURNS text LANGUAGE sql AS $$ SELECT 'turned round' $$;
+CREATE FUNCTION app.over(a varchar, b integer DEFAULT 1, c integer DEFAULT 2) RETURNS text
+	LANGUAGE sql AS $$ SELECT 'three ' || c $$;
+EOS
+my @over = ([ one => 'text' ], [ two => 'text,integer' ], [ turned => 'integer,text' ], [ three => 'varchar,integer,integer' ]);
+register($node, 'ann', function => "app.over($_->[1])", name => $_->[0]) foreach @over;
+is_deeply(
+	[
+		call(
+			discount => { percent => 5, unlimited => \1, by => 'root' },
+			both => { a => 5 }, named => { doc => 5, x => 6, Else => 1 },
+			two => { a => 'x' }, two => { a => 'x', b => 2 },
+			turned => { a => 'x', b => 2 }, three => { a => 'x' })
+	],
+	[
+		'5 f ann', '1 2', '{"x": 6, "doc": 5, "Else": 1} 7 8',
+		'two', 'two', 'turned round', 'three 2'
+	],
+	'the function is the one that was registered, with the arguments that the schema names');
+is((call(one => { a => 'x' }))[0][0], 42725, '  where SQL can tell which one that is');
+$node->safe_psql('postgres', 'CREATE OR REPLACE FUNCTION app.discount(percent integer, unlimited boolean DEFAULT true, by text DEFAULT NULL)'
+	  . " RETURNS text LANGUAGE sql AS 'SELECT unlimited::text'; DROP FUNCTION app.both;"
+	  . 'CREATE FUNCTION app.both(a jsonb, b jsonb) RETURNS text LANGUAGE sql AS $$ SELECT a::text $$');
+is_deeply([ call(discount => { percent => 5 }, both => {}) ],
+	[ 'true', [ 22023, 'Tool both failed: the argument "a" is missing' ] ], '  with the defaults of today');
+
 #
 # Results
 #
@@ -223,6 +265,13 @@ register($node, 'ann', function => 'app.sleep');
 is((call(sleep => { n => 600 }))[0][0], 57014, 'chat.tool_timeout');
 $node->safe_psql('postgres', 'ALTER SYSTEM RESET chat.tool_timeout; SELECT pg_reload_conf()');
 is_deeply([ map { $_->{id} } rows($node, 'SELECT id FROM app.item') ], [1], '  and nothing is left of them');
+
+# one that is long by itself has the time of an operation
+register($node, 'ann', function => 'app.sleep', name => 'long_sleep', long_running => 'on');
+$node->safe_psql('postgres', "ALTER SYSTEM SET chat.tool_timeout = '50ms'; SELECT pg_reload_conf()");
+wait_for($node, "SELECT current_setting('chat.tool_timeout') = '50ms'");
+is_deeply([ call(long_sleep => { n => 0.2 }) ], ['slept'], 'a long tool is not ended by chat.tool_timeout');
+$node->safe_psql('postgres', "ALTER SYSTEM RESET chat.tool_timeout; DELETE FROM app.item WHERE id = -1; SELECT pg_reload_conf()");
 
 # what is not there any more when it is called
 tools(<<'EOS');
@@ -392,6 +441,26 @@ EOS
 is_deeply([ call(die => { times => 2 }) ], ['at last'], 'a call whose process ends runs again');
 is_deeply([ map { $_->{id} } rows($node, 'SELECT id FROM app.item WHERE id > 100') ], [103], '  and has its effect once');
 is((call(die => { times => 1000 }))[0][0], 'tool_unknown_outcome', 'not for ever');
+
+# one that does not let itself be ended is ended with its process
+tools(<<'EOS');
+CREATE FUNCTION app.endless() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+	LOOP
+		BEGIN
+			PERFORM pg_sleep(600);
+		EXCEPTION WHEN query_canceled THEN
+			NULL;
+		END;
+	END LOOP;
+END $$;
+EOS
+register($node, 'ann', function => 'app.endless', timeout => '10 ms');
+$node->safe_psql('postgres', 'ALTER SYSTEM SET chat.max_crashes = 1; SELECT pg_reload_conf()');
+wait_for($node, "SELECT current_setting('chat.max_crashes') = '1'");
+is((call(endless => {}))[0][0], 'tool_unknown_outcome', 'T28: a tool that catches the end of its time');
+wait_for($node, "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'chat tool worker'");
+pass('  its process is gone');
 
 unlike(slurp_file($node->logfile), qr/JIT provider/, 'none of our statements is compiled: that would take seconds');
 

@@ -139,6 +139,29 @@ is_deeply(
 is((of_type($turn, 'tool-output-error'))[0]{errorText}, 'Tool job failed: no paper', '  and to listeners');
 sound($turn, $node, 'a failure');
 
+# the same where another turn came between
+($session, $task) = start($node, "[[tool=job id=c1 args=$args]]");
+($operation) = wait_for_calls($node, $task, 'waiting', 1);
+wait_for_task($node, ask($node, $session, 'meanwhile [[text=yes]]'));
+$fake->forget;
+complete($operation, q(NULL, success => false, error => 'no ink'));
+$turn = turn_of($node, $task);
+like($fake->last_request->{body}{messages}[-1]{content},
+	qr/^Operation \Q$operation\E \(job\) .* failed\. Its result:\n\{.*Tool job failed: no ink/, '  the closing item tells of a failure, too');
+sound_requests($fake, 'a failure after another turn');
+
+# a service that answers itself has the time of an operation, too
+$node->safe_psql('postgres', "ALTER SYSTEM SET chat.tool_timeout = '50ms'; SELECT pg_reload_conf()");
+wait_for($node, "SELECT current_setting('chat.tool_timeout') = '50ms'");
+($session, $task) = start($node, '[[tool=job id=c1 args=' . value('{"command":"delay=200 text=slowly"}') . ']]');
+$turn = turn_of($node, $task);
+is((calls($node, $task))[0]{shown}, 'slowly', 'a long service is not ended by chat.tool_timeout');
+($session, $task) = start($node, '[[tool=accepts id=c1 args=' . value('{"command":"hang=1"}') . ']]');
+$turn = turn_of($node, $task);
+is(decode((calls($node, $task))[0]{shown})->{code}, 'timeout', '  any other one is');
+$node->safe_psql('postgres', 'ALTER SYSTEM RESET chat.tool_timeout; SELECT pg_reload_conf()');
+wait_for($node, "SELECT current_setting('chat.tool_timeout') = '1min'");
+
 # nobody ends it
 ($session, $task) = start($node, "[[tool=brief id=c1 args=$args]]");
 $turn = turn_of($node, $task);
