@@ -615,6 +615,33 @@ apply_times(JsonbContainer *settings, ChatServer *server)
 	}
 }
 
+/* True if a tool_choice leaves the model no way but to call a tool. */
+static bool
+forces_call(JsonbContainer *settings)
+{
+	char	   *choice = member(settings, "tool_choice");
+	JsonbValue	v;
+
+	if (choice && (strcmp(choice, "required") == 0 || strcmp(choice, "any") == 0))
+		return true;
+	return getKeyJsonValueFromContainer(settings, "tool_choice", 11, &v) &&
+		v.type == jbvBinary && JsonContainerIsObject(v.val.binary.data) &&
+		(choice = member(v.val.binary.data, "type")) != NULL &&
+		strcmp(choice, "function") == 0;
+}
+
+/*
+ * Returns the tool_choice of a job's request.  One that forces a call is for
+ * the task's first step: with it in all of them there would be no answer.
+ */
+static char *
+tool_choice(const ChatJob *job, JsonbContainer *settings)
+{
+	if (job->steps > 0 && forces_call(settings))
+		return NULL;
+	return json_member(settings, "tool_choice");
+}
+
 /* Builds the body of a job's request: session's settings over the server's. */
 char *
 chat_context_request(const ChatJob *job, ChatServer *server,
@@ -657,7 +684,7 @@ chat_context_request(const ChatJob *job, ChatServer *server,
 	req.tools = str(tools);
 	if (tools)
 	{
-		req.tool_choice = str(json_member(settings, "tool_choice"));
+		req.tool_choice = str(tool_choice(job, settings));
 		req.parallel_tool_calls = str(json_member(settings,
 												  "parallel_tool_calls"));
 	}

@@ -692,17 +692,35 @@ log_metadata(ChatStream *s, const ChatEnd *end)
 	pfree(json.data);
 }
 
+/* Returns the AI SDK's word for why the answer has ended. */
+static const char *
+finish_word(const ChatStream *s)
+{
+	const char *reason = s->finish_reason ? s->finish_reason : "";
+
+	return chat_openai.finish_reason((ChatStr) {reason, strlen(reason)});
+}
+
+/* True if the answer was ended before it was whole. */
+static bool
+is_cut(const ChatStream *s)
+{
+	const char *word = finish_word(s);
+
+	return strcmp(word, "length") == 0 || strcmp(word, "content-filter") == 0;
+}
+
 /*
  * Returns a call's arguments as a JSON object; NULL when they are none.  No
- * arguments at all are an empty object.
+ * arguments at all are an empty object, unless they were still to come.
  */
 static char *
-tool_input(const ChatStreamTool *t)
+tool_input(const ChatStream *s, const ChatStreamTool *t)
 {
 	Jsonb	   *input;
 
 	if (t->arguments.len == 0)
-		return "{}";
+		return is_cut(s) ? NULL : "{}";
 	input = chat_db_parse_json(t->arguments.data);
 	if (input == NULL || !JB_ROOT_IS_OBJECT(input))
 		return NULL;
@@ -738,7 +756,7 @@ calls_json(ChatStream *s)
 
 		if (t->name == NULL)
 			continue;
-		input = tool_input(t);
+		input = tool_input(s, t);
 		appendStringInfoChar(&json, json.len == 0 ? '[' : ',');
 		appendStringInfo(&json, "{\"place\":%d", i + 1);
 		chat_append_member(&json, "id", t->id);
@@ -748,7 +766,9 @@ calls_json(ChatStream *s)
 		if (input)
 			appendStringInfo(&json, ",\"input\":%s", input);
 		else
-			chat_append_member(&json, "error", "the arguments are not a JSON object");
+			chat_append_member(&json, "error", is_cut(s) ?
+							   "the answer was cut before the arguments were whole" :
+							   "the arguments are not a JSON object");
 		appendStringInfoChar(&json, '}');
 		/* what is no input is told with the call's result, by its turn */
 		if (input)
@@ -782,9 +802,7 @@ complete(ChatStream *s)
 	log_end(s, "{\"type\":\"finish-step\"}");
 	log_metadata(s, &s->end);
 	json = psprintf("{\"type\":\"finish\",\"finishReason\":\"%s\"}",
-					chat_openai.finish_reason((ChatStr) {
-		s->finish_reason, s->finish_reason ? strlen(s->finish_reason) : 0
-	}));
+					finish_word(s));
 	log_end(s, json);
 	pfree(json);
 }

@@ -185,7 +185,31 @@ my $body = $fake->last_request->{body};
 is($body->{tool_choice}{function}{name}, 'add', 'tool_choice goes with the request');
 ok(exists $body->{parallel_tool_calls} && !$body->{parallel_tool_calls}, 'so does parallel_tool_calls');
 
-# an answer that breaks off, and one that is cut by its length, run nothing
+# one that forces a call does so once: with it in every step nothing would end
+foreach my $choice ('"required"', '{"type": "function", "function": {"name": "hello"}}')
+{
+	$fake->forget;
+	(undef, $task) = start($node, '[[tool=hello steps=2]]', settings => "{\"tool_choice\": $choice}");
+	is(turn_of($node, $task)->{status}, 'completed', "tool_choice $choice");
+	is_deeply([ map { exists $_->{body}{tool_choice} ? 1 : 0 } $fake->completions ], [ 1, 0, 0 ],
+		'  is for the first step');
+}
+$fake->forget;
+(undef, $task) = start($node, '[[tool=hello]]', settings => '{"tool_choice": "auto"}');
+wait_for_task($node, $task);
+is_deeply([ map { $_->{body}{tool_choice} } $fake->completions ], [ ('auto') x 2 ],
+	'one that does not is for all');
+
+# an answer that is cut by its length: no call runs of which something is
+# missing, be it all of its arguments (T48)
+@turns = turns(map { "[[at=0 tool=hello args={\"who\":\"me\"} id=a tool=hello args=$_ id=b toolfinish=length]] [[at=1 text=ok]]" }
+	  '', '{"who":"y', '{}');
+is_deeply([ map { told($_)->[0] } @turns ], [ ('hello me') x 3 ], 'T48: an answer that is cut: calls that are whole run');
+like(told($turns[$_])->[1], qr/the answer was cut before the arguments were whole/, '  those that are not do not') foreach 0, 1;
+is(told($turns[2])->[1], 'hello world', '  unless nothing is missing');
+sound($_, $node, 'an answer that is cut') foreach @turns;
+
+# an answer that breaks off runs nothing
 my $before = row($node, 'SELECT count(*) AS n FROM chat.chat_tool_call')->{n};
 @turns = turns('[[tool=add args={"a":1} id=a argsplit=1 cutafter=4]]',
 	'[[tool=add args={"a":1} id=a error_at=2]]');
