@@ -163,20 +163,41 @@ is(row($node, "SELECT late->'result' AS late FROM chat.chat_tool_call WHERE oper
 	5, '  and the result is kept');
 is(as('service', "chat.operation_progress('$operation', '1')"), 'f', '  nobody wants its progress');
 
-# the calls of a step ended by a hundred clients at once, each call by two
+# the calls of a step ended by a hundred clients at once, each call by two: one
+# that is a service, and one that is the application; meanwhile functions of
+# the same step end in tool workers, and HTTP services answer
 my $calls = $clients / 2;
+my $others = 5;
 $fake->forget;
-($session, $task) = start(join ' ', map { "tool=ask_user id=i$_" } 1 .. $calls);
-wait_for_calls($task, 'waiting', $calls);
-$node->safe_psql('postgres', 'CREATE TABLE said (n integer, what text)');
+$node->safe_psql('postgres', <<'EOF');
+CREATE FUNCTION public.meet() RETURNS text LANGUAGE sql AS
+	$$ SELECT 'met' FROM pg_advisory_xact_lock_shared(1) $$;
+SET ROLE ann;
+SELECT chat.register_tool('public.meet');
+SELECT chat.register_tool(kind => 'http', name => 'fetch', server => 'services',
+	path => '/fetch', parameters => '{"type": "object"}');
+EOF
 my $barrier = $node->background_psql('postgres');
 $barrier->query_safe('SELECT pg_advisory_lock(1)');
+($session, $task) = start(join ' ', (map { "tool=ask_user id=i$_" } 1 .. $calls),
+	(map { "tool=meet id=m$_ tool=fetch id=f$_ args=%7B%22command%22:%22gate=ends%20text=fetched%22%7D" } 1 .. $others));
+wait_for($node, <<"EOF");
+SELECT count(*) = $calls FROM chat.chat_tool_call WHERE task_id = '$task' AND status = 'waiting'
+EOF
+$fake->get_json("/gate/ends?wait=$others");
+$node->safe_psql('postgres', 'CREATE TABLE said (n integer, what text)');
 my $script = PostgreSQL::Test::Utils::tempdir() . '/ends.sql';
 append_to_file($script, <<"EOF");
 \\set n :client_id / 2 + 1
+\\set service :client_id % 2
 SELECT pg_advisory_lock_shared(1);
+\\if :service
 INSERT INTO said SELECT :n, chat.complete_operation(operation_id, to_jsonb(:client_id))
 FROM chat.chat_tool_call WHERE task_id = '$task' AND position = :n;
+\\else
+INSERT INTO said SELECT :n, CASE WHEN chat.submit_tool_output('$session', 'i' || :n, to_jsonb(:client_id))
+	THEN 'completed' ELSE 'duplicate' END;
+\\endif
 EOF
 my ($out, $err) = ('', '');
 my $run = IPC::Run::start(
@@ -185,10 +206,12 @@ my $run = IPC::Run::start(
 		'-h', $node->host, '-p', $node->port, 'postgres'
 	],
 	'>', \$out, '2>', \$err);
+# the functions wait at the same barrier, as many as there are tool workers
 wait_for($node, <<"EOF");
-SELECT count(*) = $clients FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+SELECT count(*) = $clients + 4 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
 EOF
 $barrier->quit;
+$fake->open_gate('ends', $others);
 ok($run->finish, "$clients clients have ended $calls calls") or diag($err);
 is_deeply(
 	[ map { [ @$_{qw(what n)} ] } rows($node, 'SELECT what, count(*) AS n FROM said GROUP BY what ORDER BY what') ],
@@ -199,11 +222,13 @@ is($turn->{status}, 'completed', 'the task goes on and ends')
   or diag(encode($turn->{error}));
 is(scalar(my @requests = $fake->completions), 2, '  by one request more');
 is($turn->{steps}, 2, '  after two steps');
-my @results = grep { $_->{role} eq 'tool' } @{ $turn->{messages} };
-is( (grep { int($results[$_]{content} / 2) == $_ } 0 .. $#results),
+my @results = map { $_->{content} } grep { $_->{role} eq 'tool' } @{ $turn->{messages} };
+is( (grep { int($results[$_] / 2) == $_ } 0 .. $calls - 1),
 	$calls, '  every call has its result');
+is_deeply([ @results[ $calls .. $#results ] ], [ ('met', 'fetched') x $others ],
+	'  those that were run here, too');
 is( scalar(grep { !$_->{preliminary} } of_type($turn, 'tool-output-available')),
-	$calls, '  that listeners saw once');
+	$calls + 2 * $others, '  that listeners saw once');
 is(scalar(of_type($turn, 'finish')), 1, '  and one end');
 
 $node->stop;
