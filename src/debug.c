@@ -7,6 +7,7 @@
  *
  *	crash:TEXT		a worker crashes when it takes a chunk that holds TEXT
  *	request:TEXT	it crashes when it has built a request that holds TEXT
+ *	settle:TEXT		there is no memory for the message of an answer with TEXT
  *	notify_full		NOTIFY fails as it does when its queue is full
  */
 #include "postgres.h"
@@ -28,9 +29,9 @@ chat_debug_init(void)
 							   NULL, NULL, NULL);
 }
 
-/* Crashes the process if the setting says so. */
-void
-chat_debug_crash(const char *what, const char *data, size_t len)
+/* True if the setting is "what:text" and data holds the text. */
+static bool
+is_asked(const char *what, const char *data, size_t len)
 {
 	size_t		skip = strlen(what);
 	const char *text = chat_debug_fail + skip + 1;
@@ -38,11 +39,31 @@ chat_debug_crash(const char *what, const char *data, size_t len)
 
 	if (chat_debug_fail[0] == '\0' ||
 		strncmp(chat_debug_fail, what, skip) != 0 || text[-1] != ':')
-		return;
+		return false;
 	size = strlen(text);
 	for (size_t i = 0; size > 0 && i + size <= len; i++)
 		if (memcmp(data + i, text, size) == 0)
-			abort();
+			return true;
+	return false;
+}
+
+/* Crashes the process if the setting says so. */
+void
+chat_debug_crash(const char *what, const char *data, size_t len)
+{
+	if (is_asked(what, data, len))
+		abort();
+}
+
+/* Raises that there is no memory if the setting says so. */
+void
+chat_debug_memory(const char *what, const char *data, size_t len)
+{
+	if (is_asked(what, data, len))
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory"),
+				 errdetail("Failed as chat.debug_fail asks.")));
 }
 
 /* Raises the error of a full notification queue if the setting asks for it. */

@@ -15,6 +15,9 @@ extern void chat_debug_init(void);
 /* Crashes the process if the setting is "what:text" and data holds the text. */
 extern void chat_debug_crash(const char *what, const char *data, size_t len);
 
+/* Raises that there is no memory, likewise. */
+extern void chat_debug_memory(const char *what, const char *data, size_t len);
+
 /* Raises the error of a full notification queue if the setting asks for it. */
 extern void chat_debug_notify(void);
 

@@ -69,9 +69,12 @@ chat_event_init(void)
 							 PGC_SIGHUP, 0, NULL, NULL, NULL);
 }
 
-/* Returns a new item of the log whose text starts here. */
+/*
+ * Returns a new item of the log whose text starts here, with room for len
+ * bytes of it: what fails here for want of memory leaves the log as it was.
+ */
 static ChatEventItem *
-append_item(ChatEventLog *log, MemoryContext context)
+append_item(ChatEventLog *log, MemoryContext context, size_t len)
 {
 	ChatEventItem *item;
 
@@ -82,15 +85,21 @@ append_item(ChatEventLog *log, MemoryContext context)
 		initStringInfo(&log->text);
 		MemoryContextSwitchTo(old);
 	}
+	if (len > MaxAllocSize)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("an event of %zu bytes is too long", len)));
+	enlargeStringInfo(&log->text, (int) len);
 	if (log->nitems == log->maxitems)
 	{
-		log->maxitems = Max(8, log->maxitems * 2);
+		int			max = Max(8, log->maxitems * 2);
+
 		if (log->items == NULL)
 			log->items = MemoryContextAlloc(context,
-											log->maxitems * sizeof(ChatEventItem));
+											max * sizeof(ChatEventItem));
 		else
-			log->items = repalloc(log->items,
-								  log->maxitems * sizeof(ChatEventItem));
+			log->items = repalloc(log->items, max * sizeof(ChatEventItem));
+		log->maxitems = max;
 	}
 	item = &log->items[log->nitems++];
 	memset(item, 0, sizeof(*item));
@@ -102,9 +111,10 @@ append_item(ChatEventLog *log, MemoryContext context)
 void
 chat_event_add(ChatEventLog *log, MemoryContext context, const char *json)
 {
-	ChatEventItem *item = append_item(log, context);
+	size_t		len = strlen(json);
+	ChatEventItem *item = append_item(log, context, len);
 
-	appendStringInfoString(&log->text, json);
+	appendBinaryStringInfo(&log->text, json, (int) len);
 	item->len = log->text.len - item->start;
 }
 
@@ -120,7 +130,7 @@ chat_event_delta(ChatEventLog *log, MemoryContext context,
 		item = &log->items[log->nitems - 1];
 	if (item == NULL || item->delta != delta || item->id != id)
 	{
-		item = append_item(log, context);
+		item = append_item(log, context, len);
 		item->delta = delta;
 		item->id = id;
 	}
@@ -215,16 +225,21 @@ finish_object(StringInfo json, const ChatEventTarget *target, int64 seq)
 
 /*
  * Returns how many bytes of a text, cut on a character, fit into room bytes
- * when escaped; at least one character.
+ * when escaped; at least one character.  No more than room bytes are looked
+ * at: a long text has many pieces.
  */
 static int
 fitting(const char *text, int len, int room)
 {
+	int			most = Min(len, room);
 	int			used = 0;
 	int			escaped = 0;
 
-	if (len * 6 <= room || (int) chat_json_escape(text, len, NULL) <= room)
-		return len;
+	while (most < len && most > 0 && (text[most] & 0xC0) == 0x80)
+		most--;
+	if (most > 0 && (most <= room / 6 ||
+					 (int) chat_json_escape(text, most, NULL) <= room))
+		return most;
 	while (used < len)
 	{
 		int			mb = Min(pg_utf_mblen((const unsigned char *) text + used),

@@ -658,6 +658,8 @@ metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
 static void
 settle_message(ChatStream *s, ChatEnd *end, bool interrupted)
 {
+	if (unlikely(chat_debug_fail[0] != '\0'))
+		chat_debug_memory("settle", s->text.data, s->text.len);
 	settle_usage(s, end);
 	end->content = s->text.len > 0 ? s->text.data : NULL;
 	end->refusal = s->refusal.len > 0 ? s->refusal.data : NULL;
@@ -807,27 +809,153 @@ complete(ChatStream *s)
 	pfree(json);
 }
 
+/* ---------- ends that are not the answer's ---------- */
+
+/* Builds the error of a task. */
+static char *
+error_json(ChatStream *s, const char *code, bool retryable, int status,
+		   const char *message)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"code\":\"%s\",\"retryable\":%s", code,
+					 retryable ? "true" : "false");
+	chat_append_member(&json, "message", message);
+	if (status > 0)
+		appendStringInfo(&json, ",\"status\":%d", status);
+	if (s->transfer && s->transfer->retry_after > 0)
+		appendStringInfo(&json, ",\"retry_after\":%ld",
+						 s->transfer->retry_after);
+	appendStringInfoChar(&json, '}');
+	return json.data;
+}
+
+/* Frees a text that is given up. */
+static void
+give_up_text(StringInfo text)
+{
+	if (text->data)
+		pfree(text->data);
+	memset(text, 0, sizeof(*text));
+}
+
+/*
+ * Gives up what was received, when there is no memory for an end that holds
+ * it.  What the stream used is free then for one that does not.
+ */
+static void
+give_up(ChatStream *s)
+{
+	ChatEnd    *end = &s->end;
+
+	give_up_text(&s->text);
+	give_up_text(&s->reasoning);
+	give_up_text(&s->refusal);
+	give_up_text(&s->function_arguments);
+	for (int i = 0; i < s->ntools; i++)
+		give_up_text(&s->tools[i].arguments);
+	s->ntools = 0;
+	s->reasoning_details = NULL;
+	end->has_message = false;
+	end->content = end->refusal = end->tool_calls = end->function_call = NULL;
+	end->metadata = "{}";
+	end->usage = NULL;
+	chat_event_clear(&s->end_log);
+}
+
+/* What a stream ends with that did not complete its answer. */
+typedef struct Stop
+{
+	ChatEndKind kind;
+	const char *code;
+	bool		retryable;
+	int			status;			/* of HTTP, 0 = none */
+	const char *message;
+	bool		asked;			/* there may be something received */
+} Stop;
+
+/* Adds the events that tell of an error. */
+static void
+log_error(ChatStream *s, const Stop *stop)
+{
+	StringInfoData json;
+
+	initStringInfo(&json);
+	appendStringInfoString(&json, "{\"type\":\"error\"");
+	chat_append_member(&json, "errorText", stop->message);
+	chat_append_member(&json, "code", stop->code);
+	appendStringInfoChar(&json, '}');
+	log_end(s, json.data);
+	pfree(json.data);
+}
+
+/* Fills the end of a stream that stops; bare = without what was received. */
+static void
+settle_stop(ChatStream *s, const Stop *stop, bool bare)
+{
+	ChatEnd    *end = &s->end;
+	bool		failed = stop->kind == CHAT_END_FAILED;
+
+	end->kind = stop->kind;
+	end->metadata = "{}";
+	end->error = error_json(s, stop->code, stop->retryable, stop->status,
+							stop->message);
+	close_block(s);
+	if (failed)
+		log_error(s, stop);
+	if (stop->asked && !bare)
+	{
+		settle_message(s, end, true);
+		log_metadata(s, end);
+	}
+	log_end(s, failed ? "{\"type\":\"finish\",\"finishReason\":\"error\"}"
+			: "{\"type\":\"abort\"}");
+}
+
+/*
+ * Ends a stream without a whole answer.  Whatever goes wrong here ends it as
+ * well: an error that is about what was received would come again.
+ */
+static void
+stop_stream(ChatStream *s, const Stop *stop)
+{
+	MemoryContext old = CurrentMemoryContext;
+	volatile bool settled = false;
+
+	PG_TRY();
+	{
+		settle_stop(s, stop, false);
+		settled = true;
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(old);
+		EmitErrorReport();
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	if (settled)
+		return;
+	give_up(s);
+	settle_stop(s, stop, true);
+}
+
 /* Ends a stream because somebody asked for it. */
 void
 chat_stream_cancel(ChatStream *s)
 {
 	MemoryContext old;
+	Stop		stop = {.kind = CHAT_END_CANCELLED, .code = "cancelled",
+	.message = "the task was cancelled"};
 
 	if (s->ended)
 		return;
 	old = MemoryContextSwitchTo(s->context);
 	s->ended = true;
-	s->end.kind = CHAT_END_CANCELLED;
-	s->end.error = "{\"code\":\"cancelled\",\"message\":\"the task was cancelled\",\"retryable\":false}";
-	s->end.metadata = "{}";
-	close_block(s);
 	/* without a request there is no usage, and no message */
-	if (s->transfer)
-	{
-		settle_message(s, &s->end, true);
-		log_metadata(s, &s->end);
-	}
-	log_end(s, "{\"type\":\"abort\"}");
+	stop.asked = s->transfer != NULL;
+	stop_stream(s, &stop);
 	MemoryContextSwitchTo(old);
 }
 
@@ -867,26 +995,6 @@ plan_retry(ChatStream *s, bool retryable)
 	return true;
 }
 
-/* Builds the error of a task. */
-static char *
-error_json(ChatStream *s, const char *code, bool retryable, int status,
-		   const char *message)
-{
-	StringInfoData json;
-
-	initStringInfo(&json);
-	appendStringInfo(&json, "{\"code\":\"%s\",\"retryable\":%s", code,
-					 retryable ? "true" : "false");
-	chat_append_member(&json, "message", message);
-	if (status > 0)
-		appendStringInfo(&json, ",\"status\":%d", status);
-	if (s->transfer && s->transfer->retry_after > 0)
-		appendStringInfo(&json, ",\"retry_after\":%ld",
-						 s->transfer->retry_after);
-	appendStringInfoChar(&json, '}');
-	return json.data;
-}
-
 /*
  * Ends an attempt that failed: the job goes back when the error passes and
  * attempts are left, else the task has failed.  What was received is kept.
@@ -895,10 +1003,9 @@ void
 chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
 				 int status, const char *message)
 {
-	const char *code = chat_provider_error(kind)->name;
+	Stop		stop = {.kind = CHAT_END_FAILED, .retryable = retryable,
+	.status = status, .asked = true};
 	MemoryContext old;
-	StringInfoData json;
-	char	   *safe;
 
 	if (s->ended)
 		return;
@@ -906,27 +1013,17 @@ chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
 	s->ended = true;
 	s->failure = kind;
 	s->passing = retryable;
-	if (plan_retry(s, retryable))
+	if (!plan_retry(s, retryable))
 	{
-		MemoryContextSwitchTo(old);
-		return;
+		char	   *safe = chat_server_redact(message, s->key);
+
+		if (s->transfer && s->transfer->retry_after > MAX_RETRY_AFTER)
+			safe = psprintf("%s (the endpoint asks to wait %ld seconds)",
+							safe, s->transfer->retry_after);
+		stop.code = chat_provider_error(kind)->name;
+		stop.message = safe;
+		stop_stream(s, &stop);
 	}
-	safe = chat_server_redact(message, s->key);
-	if (s->transfer && s->transfer->retry_after > MAX_RETRY_AFTER)
-		safe = psprintf("%s (the endpoint asks to wait %ld seconds)", safe,
-						s->transfer->retry_after);
-	s->end.kind = CHAT_END_FAILED;
-	settle_message(s, &s->end, true);
-	s->end.error = error_json(s, code, retryable, status, safe);
-	close_block(s);
-	initStringInfo(&json);
-	appendStringInfoString(&json, "{\"type\":\"error\"");
-	chat_append_member(&json, "errorText", safe);
-	chat_append_member(&json, "code", code);
-	appendStringInfoChar(&json, '}');
-	log_end(s, json.data);
-	log_metadata(s, &s->end);
-	log_end(s, "{\"type\":\"finish\",\"finishReason\":\"error\"}");
 	MemoryContextSwitchTo(old);
 }
 
