@@ -380,6 +380,8 @@ scan_databases(bool add)
 	systable_endscan(scan);
 	table_close(rel, AccessShareLock);
 	CommitTransactionCommand();
+	/* a wait for a lock may have taken the bell that somebody rang meanwhile */
+	SetLatch(MyLatch);
 	for (int i = 0; !add && i < ndatabases; i++)
 	{
 		bool		found = false;

@@ -104,7 +104,8 @@ startup(void)
 	if (!found)
 	{
 		memset(chat_shared, 0, shared_size());
-		chat_shared->lock = &GetNamedLWLockTranche("chat")->lock;
+		LWLockInitialize(chat_shared->lock,
+						 GetNamedLWLockTranche("chat")->lock.tranche);
 		chat_shared->nslots = max_worker_processes;
 		chat_shared->rescan = true;
 		pg_atomic_init_u32(&chat_shared->launcher_proc, 0);

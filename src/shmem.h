@@ -126,8 +126,7 @@ typedef struct ChatEndpoint
 
 typedef struct ChatShared
 {
-	LWLock	   *lock;
-	int			launcher_pid;
+	LWLock		lock[1];		/* an array, to be named as a pointer is */
 	pg_atomic_uint32 launcher_proc;	/* proc number + 1, 0 = none */
 	bool		rescan;			/* the launcher shall look at all databases */
 	int			nchanged;		/* or only at these */
