@@ -1,5 +1,6 @@
 # Is the bell heard that rings while a commit of the worker waits for a
-# synchronous standby?  Whatever waits within a transaction resets the latch.
+# synchronous standby, or while the launcher waits for a lock?  Whatever waits
+# within a transaction resets the latch.
 
 use strict;
 use warnings;
@@ -7,6 +8,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/lib";
 use ChatTest;
+use ChatTest::Crash;
 use IPC::Run ();
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -44,5 +46,32 @@ is(wait_for_task($node, $second)->{status}, 'completed',
 $fake->open_gate('v');
 is(wait_for_task($node, $first)->{status}, 'completed',
 	'and the one that it waited with');
+$node->stop;
+
+# The launcher looks at pg_database when something has changed; somebody holds
+# the catalog locked, and the extension comes to another database meanwhile.
+$node = chat_cluster('launcher');
+wait_for_worker($node);
+$node->safe_psql('postgres', 'CREATE DATABASE second');
+my ($holder, $ringer) = map { session($node) } 1 .. 2;
+my $creator = session($node, 'second');
+# what these will need of the catalog is in their caches
+$ringer->query_safe('SELECT 1');
+$creator->query_safe('BEGIN; CREATE EXTENSION chat; ROLLBACK');
+$ringer->query_safe("BEGIN; CREATE TABLE t (); PREPARE TRANSACTION 'ring'");
+$holder->query_safe('BEGIN');
+$holder->query_safe('LOCK TABLE pg_catalog.pg_database IN ACCESS EXCLUSIVE MODE');
+$ringer->query_safe("COMMIT PREPARED 'ring'");
+wait_until(
+	'the launcher to wait for the lock',
+	sub {
+		$holder->query_safe("SELECT count(*) FROM pg_locks WHERE NOT granted"
+			  . " AND relation = 'pg_database'::regclass") eq '1';
+	});
+$creator->query_safe('CREATE EXTENSION chat');
+$holder->query_safe('COMMIT');
+wait_for_worker($node, 'second');
+pass('an extension that came while the launcher waited gets its worker');
+$_->quit foreach $holder, $ringer, $creator;
 
 done_testing();
