@@ -50,9 +50,11 @@ $node->stop;
 
 # The launcher looks at pg_database when something has changed; somebody holds
 # the catalog locked, and the extension comes to another database meanwhile.
-$node = chat_cluster('launcher');
+$node = chat_cluster('launcher', conf => 'log_min_messages = debug1');
 wait_for_worker($node);
+my $log = -s $node->logfile;
 $node->safe_psql('postgres', 'CREATE DATABASE second');
+$node->wait_for_log(qr/unregistering background worker "chat worker"/, $log);
 my ($holder, $ringer) = map { session($node) } 1 .. 2;
 my $creator = session($node, 'second');
 # what these will need of the catalog is in their caches
@@ -65,8 +67,9 @@ $ringer->query_safe("COMMIT PREPARED 'ring'");
 wait_until(
 	'the launcher to wait for the lock',
 	sub {
-		$holder->query_safe("SELECT count(*) FROM pg_locks WHERE NOT granted"
-			  . " AND relation = 'pg_database'::regclass") eq '1';
+		$holder->query_safe('SELECT count(*) FROM pg_locks AS l'
+			  . ' JOIN pg_stat_activity AS a ON a.pid = l.pid'
+			  . " WHERE NOT l.granted AND a.backend_type = 'chat launcher'") eq '1';
 	});
 $creator->query_safe('CREATE EXTENSION chat');
 $holder->query_safe('COMMIT');
