@@ -62,6 +62,17 @@ is_deeply(
 	[ $stored[-1] ],
 	'and only those after a given seq');
 
+# the session's updated_at is set where messages are stored: with the claim,
+# with the end
+my $times = row($node, <<"EOS");
+SELECT s.updated_at = t.finished_at AS ended, m.created_at = t.started_at AS begun
+FROM chat.chat_session AS s JOIN chat.chat_task AS t ON t.session_id = s.id
+	JOIN chat.chat_message AS m ON m.session_id = s.id AND m.sequence = 1
+WHERE t.id = '$task'
+EOS
+ok($times->{ended}, 'updated_at is of the transaction that ended the task');
+ok($times->{begun}, 'the question is stored by the one that began it');
+
 # the usage
 my $totals = row($node,
 	"SELECT total_prompt_tokens, total_completion_tokens"

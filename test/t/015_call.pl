@@ -36,6 +36,11 @@ sub refused
 refused("'$unknown', 'hi'", 'P0002', qr/\Q$unknown\E/, 'unknown session');
 refused("NULL, 'hi'", 'P0002', qr/session/, 'no session');
 refused("'$id', 'hi', user_id => 'bob'", 'P0002', qr/\Q$id\E/, 'wrong user');
+my $anonymous = create_session($node)->{id};
+refused("'$anonymous', 'hi', user_id => 'ada'", 'P0002', qr/\Q$anonymous\E/,
+	'a user for an anonymous session');
+refused("'$anonymous', 'hi', user_id => ''", 'P0002', qr/\Q$anonymous\E/,
+	'an empty user for it');
 refused("'$id', repeat('x', 101)", '22001', qr/101.*100/s, 'too long');
 refused("'$id', 'hi', context => '[]'", '22023', qr/context/, 'bad context');
 refused("'$id', 'hi', context => '{\"x\": 1}'",
@@ -51,10 +56,16 @@ refused("'$id', 'hi'", '42704', qr/chat\.default_server/,
 $node->safe_psql('postgres',
 	"CREATE SERVER keyless FOREIGN DATA WRAPPER chat_llm OPTIONS"
 	  . " (base_url 'https://api.example.com/v1', model 'm');"
+	  . "CREATE SERVER keyfile FOREIGN DATA WRAPPER chat_llm OPTIONS"
+	  . " (base_url 'https://api.example.com/v1', model 'm');"
+	  . "CREATE USER MAPPING FOR PUBLIC SERVER keyfile OPTIONS"
+	  . " (api_key_file '/nonexistent/key');"
 	  . "CREATE SERVER modelless FOREIGN DATA WRAPPER chat_llm OPTIONS"
 	  . " (base_url 'http://127.0.0.1:1/v1')");
 refused("'$id', 'hi', server => 'keyless'",
 	'42704', qr/key/, 'no key where one is needed');
+refused("'$id', 'hi', server => 'keyfile'",
+	'F0000', qr/could not read the API key/, 'a key that cannot be read');
 refused("'$id', 'hi', server => 'modelless'",
 	'HV002', qr/has no model/, 'no model');
 $node->safe_psql('postgres', <<'EOF');

@@ -213,4 +213,33 @@ is($request->{body}{model}, 'second-1', 'the call may name another server');
 ($request) = request_of(server => 'second');
 is($request->{body}{model}, 'second-1', 'and so may the session');
 
+# whose key: that of the session's owner, else PUBLIC's, when the job is claimed
+$node->safe_psql('postgres', <<'EOS');
+CREATE ROLE app;
+CREATE ROLE other;
+GRANT USAGE ON FOREIGN SERVER fake TO app, other;
+CREATE USER MAPPING FOR app SERVER fake OPTIONS (api_key 'sk-of-app');
+CREATE USER MAPPING FOR CURRENT_USER SERVER fake OPTIONS (api_key 'sk-of-caller');
+ALTER SERVER fake OPTIONS (DROP auth_header);
+EOS
+($request) = request_of(owner => 'app');
+is($request->{headers}{authorization}, 'Bearer sk-of-app',
+	"the key of the owner's mapping, whoever calls");
+($request) = request_of(owner => 'other');
+is($request->{headers}{authorization}, 'Bearer sk-test',
+	"PUBLIC's, where the owner has none");
+($request) = request_of();
+is($request->{headers}{authorization}, 'Bearer sk-of-caller',
+	"and the caller's, where it is the owner");
+$node->safe_psql('postgres', 'SELECT chat.pause()');
+$fake->forget;
+$task = ask($node, create_session($node, owner => 'app')->{id}, '[[tokens=1]]');
+$node->safe_psql('postgres', <<'EOS');
+ALTER USER MAPPING FOR app SERVER fake OPTIONS (SET api_key 'sk-renewed');
+SELECT chat.resume();
+EOS
+wait_for_task($node, $task);
+is($fake->last_request->{headers}{authorization}, 'Bearer sk-renewed',
+	'a key counts as it is when the job is claimed, not when it was queued');
+
 done_testing();
