@@ -61,6 +61,13 @@ is(row($node, "SELECT status FROM chat.chat_tool_call WHERE task_id = '$call'")
 	  ->{status}, 'pending', "$what: a tool waits for a place");
 is(row($node, "SELECT status FROM chat.chat_task WHERE id = '$late'", 'late')
 	  ->{status}, 'queued', "$what: so does a turn");
+my %check = map { $_->{item} => $_ } rows($node,
+	'SELECT item, cure FROM chat.check_installation() WHERE NOT ok', 'late');
+like($check{worker}{cure}, qr/See item max_worker_processes/,
+	"$what: check_installation() says where to look");
+like($check{max_worker_processes}{cure},
+	qr/^ALTER SYSTEM SET max_worker_processes = 1\d; and restart/,
+	"$what: and what cures it");
 $by->check($what, undisturbed => 1);
 $node->safe_psql('postgres', 'DROP DATABASE one; ');
 $node->safe_psql('postgres', 'DROP DATABASE two; ');
@@ -93,6 +100,10 @@ my $limit = row($node, 'SELECT stream_limit FROM chat.worker_status()')
   ->{stream_limit};
 cmp_ok($limit, '<', 120, "$what: the worker knows how many streams it can have");
 cmp_ok($limit, '>', 15, "$what: and has some ($limit)");
+my $check = row($node,
+	"SELECT ok, cure FROM chat.check_installation() WHERE item = 'descriptors'");
+is($check->{ok}, JSON::PP::false, "$what: check_installation() says so");
+like($check->{cure}, qr/LimitNOFILE=5100 .*ulimit -n/, "$what: and what cures it");
 $by = ChatTest::Bystander->new($node, $fake);
 my @turns = start_turns($node, 300, 'many [[tokens=4 gateat=2:v]]');
 $fake->get_json('/gate/v?wait=' . ($limit - 10));
