@@ -16,7 +16,9 @@
 
 #include "access/htup_details.h"
 #include "catalog/pg_type.h"
+#include "common/hashfn.h"
 #include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
 #include "utils/array.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
@@ -27,6 +29,9 @@
 #include "db.h"
 #include "jsonbuf.h"
 #include "provider.h"
+
+/* longest id of a call that every endpoint takes */
+#define MAX_CALL_ID 40
 
 #define NO_RESULT "no result: the call was interrupted before it ended"
 
@@ -472,10 +477,27 @@ rename_call(ChatStr calls, int call, const char *id)
 }
 
 /*
+ * Returns the id that a call is sent with.  The API takes an id only once in
+ * a message, and endpoints only so long ones, but those that they gave
+ * themselves; models and applications do not care.
+ */
+static ChatStr
+fitting_id(ChatStr id, bool foreign, int call, int nth)
+{
+	if (foreign && id.len > MAX_CALL_ID)
+		id = str(psprintf("%.*s_%08x",
+						  pg_mbcliplen(id.data, (int) id.len, MAX_CALL_ID / 2),
+						  id.data,
+						  hash_bytes((const unsigned char *) id.data,
+									 (int) id.len)));
+	return nth == 0 ? id : str(psprintf("%.*s_%d_%d", (int) id.len, id.data,
+										call, nth));
+}
+
+/*
  * Copies the results of one assistant message's calls, in the order of the
  * calls, from the tool messages that follow it; a call without one gets one
- * that says so.  The API takes an id only once in a message, models and
- * applications do not care: further calls get another.
+ * that says so.
  */
 static void
 copy_results(ChatContext *out, ChatMessage *assistant,
@@ -500,10 +522,9 @@ copy_results(ChatContext *out, ChatMessage *assistant,
 			alone &= ids[k].data == NULL || !same(ids[k], ids[i]);
 		m = &out->messages[out->n++];
 		*m = find_result(ids[i], nth, alone, results, nresults);
-		if (nth == 0)
+		m->tool_call_id = fitting_id(ids[i], assistant->foreign, i, nth);
+		if (same(m->tool_call_id, ids[i]))
 			continue;
-		m->tool_call_id = str(psprintf("%.*s_%d_%d", (int) ids[i].len,
-									   ids[i].data, i, nth));
 		assistant->tool_calls = rename_call(assistant->tool_calls, i,
 											m->tool_call_id.data);
 	}

@@ -50,6 +50,9 @@
 /* what `user` and `session_id` are cut at, in characters */
 #define MAX_TRACING_CHARS 128
 
+/* longest name of a function or of who speaks, in characters */
+#define MAX_NAME_CHARS 64
+
 #define INTERRUPTED_MARK "\n\n[interrupted]"
 #define INTERRUPTED_PART "{\"type\":\"text\",\"text\":\"[interrupted]\"}"
 
@@ -1436,6 +1439,48 @@ put_text_member(StringInfo out, const char *key, ChatStr s)
 	put_string(out, s);
 }
 
+/* Does the API take this character in the name of a function? */
+static bool
+in_function_name(unsigned char c)
+{
+	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+		(c >= '0' && c <= '9') || c == '_' || c == '-';
+}
+
+/* ... and in that of who speaks? */
+static bool
+in_name(unsigned char c)
+{
+	return c > ' ' && c != 0x7F && strchr("<|\\/>", c) == NULL;
+}
+
+/*
+ * Returns a name as the API takes it.  Models make names up, and people have
+ * blanks in theirs: it would refuse the request, and all later ones.
+ */
+static ChatStr
+clean_name(ChatStr name, bool (*takes) (unsigned char))
+{
+	ChatStr		clean;
+	char	   *out;
+
+	name = cut_chars(name, MAX_NAME_CHARS);
+	if (name.len == 0)
+		return NO_STR;
+	clean.data = out = palloc(name.len);
+	for (size_t i = 0; i < name.len; i++)
+	{
+		unsigned char c = (unsigned char) name.data[i];
+
+		if (takes(c))
+			*out++ = (char) c;
+		else if ((c & 0xC0) != 0x80)
+			*out++ = '_';
+	}
+	clean.len = (size_t) (out - clean.data);
+	return clean;
+}
+
 /* Does a tag of ours start at s?  Models read them leniently, so do we. */
 static bool
 is_page_tag(const char *s, const char *end)
@@ -1614,7 +1659,7 @@ put_tool_call(StringInfo out, const Member *call, bool first, bool foreign)
 	appendStringInfoString(out, ",\"type\":\"function\"");
 	put_key(out, "function");
 	appendStringInfoString(out, "{\"name\":");
-	put_string(out, name);
+	put_string(out, clean_name(name, in_function_name));
 	put_arguments(out, &fn);
 	if (!foreign)
 		put_other_members(out, &fn, fn_known);
@@ -1661,10 +1706,23 @@ put_function_call(StringInfo out, ChatStr function_call)
 		return;
 	put_key(out, "function_call");
 	appendStringInfoString(out, "{\"name\":");
-	put_string(out, name);
+	put_string(out, clean_name(name, in_function_name));
 	put_arguments(out, &fn);
 	put_other_members(out, &fn, known);
 	appendStringInfoChar(out, '}');
+}
+
+/* The name that goes with a message: of a function, or of who speaks. */
+static ChatStr
+message_name(const ChatMessage *msg)
+{
+	if (equals(msg->role, "tool"))
+		return clean_name(msg->name, in_function_name);
+	if (!equals(msg->role, "function"))
+		return clean_name(msg->name, in_name);
+	/* it must have one */
+	return clean_name(msg->name.len > 0 ? msg->name : LITERAL("unknown"),
+					  in_function_name);
 }
 
 /* Appends one message. */
@@ -1674,7 +1732,7 @@ put_message(StringInfo out, const ChatMessage *msg)
 	appendStringInfoString(out, "{\"role\":");
 	put_string(out, msg->role);
 	put_content(out, msg);
-	put_text_member(out, "name", msg->name);
+	put_text_member(out, "name", message_name(msg));
 	if (equals(msg->role, "tool"))
 		put_text_member(out, "tool_call_id", msg->tool_call_id);
 	if (equals(msg->role, "assistant"))

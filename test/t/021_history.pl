@@ -221,6 +221,28 @@ is_deeply(
 ok(!exists $messages->[1]{reasoning_details},
 	'and without reasoning_details');
 
+# names and ids that the API refuses, for ever
+$id = create_session($node)->{id};
+my $long = 'call_' . 'x' x 50;
+add(
+	$id,
+	{ role => 'user', name => 'Ann <Smith>', content => 'u1' },
+	{ role => 'assistant', content => 'c', tool_calls => [ call('a'), call($long) ] },
+	{ role => 'tool', name => 'f f', content => 'ra', tool_call_id => 'a' },
+	{ role => 'tool', content => 'rb', tool_call_id => $long },
+	{ role => 'function', content => 'r' });
+$node->safe_psql('postgres', "UPDATE chat.chat_message SET tool_calls = jsonb_set(tool_calls, '{0,function,name}', '\"functions.f\"') WHERE session_id = '$id' AND role = 'assistant'");
+$messages = sent($id, 'go [[tokens=1]]');
+is($messages->[0]{name}, 'Ann__Smith_', "a speaker's name is sent as the API takes it");
+is($messages->[1]{tool_calls}[0]{function}{name}, 'functions_f', 'so is that of a tool that the model has made up,');
+is($messages->[2]{name}, 'f_f', 'that of a result,');
+is($messages->[4]{name}, 'unknown', 'that of a function that has none');
+like($messages->[1]{tool_calls}[1]{id}, qr/^call_x+_[0-9a-f]{8}\z/, 'an id that is too long becomes shorter');
+is($messages->[3]{tool_call_id}, $messages->[1]{tool_calls}[1]{id}, 'with its result');
+cmp_ok(length $messages->[3]{tool_call_id}, '<=', 40, 'short enough');
+$node->safe_psql('postgres', qq(UPDATE chat.chat_message SET metadata = '{"server": "fake"}' WHERE session_id = '$id' AND role = 'assistant'));
+is(sent($id, 'again [[tokens=1]]')->[1]{tool_calls}[1]{id}, $long, 'unless the server has given it itself');
+
 # who speaks
 $id = create_session($node)->{id};
 is_deeply(

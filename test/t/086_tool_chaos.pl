@@ -196,8 +196,9 @@ EOS
 		  faults($turn), effect_faults($turn, \%effects, \%requests);
 	}
 	is_deeply(\@faults, [], $what) or diag(join "\n", @messages);
+	# whatever was cut off where
+	sound_requests($fake, "run $run");
 }
-sound_requests($fake, 'the last run');
 note(join ', ', map { "$_: $seen{$_}" } sort keys %seen);
 note("ends: @killed");
 

@@ -1,9 +1,12 @@
 # Is every request valid for the API, whatever the history?
 #
 # Random histories: all roles, results without calls and calls without results
-# (as a crash, a branch or an import leaves them), contents that are empty or
-# missing, with and without a context window.  A validator of the API's rules
-# reads what the endpoint has received.  HISTORIES is how many, HISTORIES_SEED repeats.
+# (as a crash, a branch or an import leaves them), branches that were set aside,
+# calls that are under way, answers that were cut short, contents that are empty
+# or missing, names and ids that no endpoint takes, with and without a context
+# window.  A validator of the API's rules reads what the endpoint has received.
+# (What real crashes leave it reads in 086_tool_chaos.pl.)
+#  HISTORIES is how many, HISTORIES_SEED repeats.
 
 use strict;
 use warnings;
@@ -11,6 +14,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/lib";
 use ChatTest;
+use ChatTest::Api;
 use Test::More;
 
 my $histories = $ENV{HISTORIES} || 90;
@@ -46,7 +50,7 @@ sub calls
 	my @ids = @_;
 	return [ map {
 			my $id = $_;
-			my $call = { type => 'function', function => { name => pick('look', 'do_it'), arguments => pick('{}', '{"a": 1}', '', 'broken {') } };
+			my $call = { type => 'function', function => { name => pick('look', 'do_it', 'functions.look', 'look at!', "\x{e4}" x 70), arguments => pick('{}', '{"a": 1}', '', 'broken {') } };
 			$call->{id} = $id if defined $id;
 			delete $call->{function}{name} if rand() < 0.05;
 			delete $call->{function}{arguments} if rand() < 0.05;
@@ -65,6 +69,7 @@ sub history
 		if ($kind < 0.25)
 		{
 			push @messages, { role => 'user', content => text() };
+			$messages[-1]{name} = pick('ann', 'Ann Smith', '<Ann>', "J\x{f6}rg", 'x' x 100) if rand() < 0.3;
 		}
 		elsif ($kind < 0.4)
 		{
@@ -77,8 +82,8 @@ sub history
 		}
 		elsif ($kind < 0.55)
 		{
-			push @messages, { role => 'assistant', content => text(), function_call => { name => 'old', arguments => '{}' } };
-			push @messages, { role => 'function', name => 'old', content => text() } if rand() < 0.7;
+			push @messages, { role => 'assistant', content => text(), function_call => { name => pick('old', 'old one'), arguments => '{}' } };
+			push @messages, { role => 'function', name => pick('old', 'old one', undef), content => text() } if rand() < 0.7;
 		}
 		elsif ($kind < 0.6)
 		{
@@ -91,7 +96,7 @@ sub history
 		}
 		else
 		{
-			my @ids = map { pick("c$_", 'call_0', "c$_", "c$_") } 1 .. 1 + int rand 3;
+			my @ids = map { pick("c$_", 'call_0', "c$_", "call_$_" . 'x' x 50) } 1 .. 1 + int rand 3;
 			my @results = grep { rand() < 0.8 } @ids;
 
 			@ids = (@ids, undef) if rand() < 0.1;
@@ -105,75 +110,28 @@ sub history
 	return @messages;
 }
 
-# Returns what is wrong with the content of a message.
-sub content_problem
+# Does to a stored history what branches, crashes and cancels do.
+sub disturb
 {
-	my ($m, $nullable) = @_;
-	my $c = $m->{content};
+	my ($id) = @_;
+	my $n = row($node, "SELECT count(*) AS n FROM chat.chat_message WHERE session_id = '$id'")->{n};
+	my $from = 1 + int rand($n + 1);
+	my $to = $from + int rand 6;
+	my $what = pick(
+		# a branch; a task that was rolled back; calls that go on; an answer that broke off
+		"active = false, superseded_by = $n + 1 WHERE sequence >= $from AND",
+		"active = false, superseded_by = $to + 1 WHERE sequence BETWEEN $from AND $to AND",
+		q(content = '', metadata = '{"pending": true}' WHERE role = 'tool' AND),
+		q(metadata = '{"interrupted": true}' WHERE role = 'assistant' AND));
 
-	return $nullable ? undef : 'no content' unless defined $c;
-	return unless ref $c;
-	return 'bad parts' if ref $c ne 'ARRAY' || !@$c;
-	return (grep { !$_->{type} } @$c) ? 'part without type' : undef;
-}
-
-# Returns what is wrong with the calls of an answer and their results.
-sub calls_problem
-{
-	my ($m, $next) = @_;
-	my $calls = $m->{tool_calls};
-	my %open;
-
-	return 'empty tool_calls' unless ref $calls eq 'ARRAY' && @$calls;
-	foreach my $call (@$calls)
-	{
-		return 'call without id' unless length($call->{id} // '');
-		return 'call without name' unless length($call->{function}{name} // '');
-		return 'call without arguments' unless defined $call->{function}{arguments} && !ref $call->{function}{arguments};
-		return 'call without type' unless ($call->{type} // '') eq 'function';
-		return 'the same id twice' if $open{ $call->{id} }++;
-	}
-	while (@$next && $next->[0]{role} eq 'tool')
-	{
-		my $result = shift @$next;
-		return 'result of no call' unless delete $open{ $result->{tool_call_id} // '' };
-		my $problem = content_problem($result);
-		return "result: $problem" if $problem;
-	}
-	return %open ? 'call without result' : undef;
-}
-
-# Returns what the API would refuse a request for, undef if nothing.
-sub problem
-{
-	my ($body) = @_;
-	my @rest = @{ $body->{messages} };
-	my %known = map { $_ => 1 } qw(role content name tool_calls tool_call_id function_call refusal reasoning_details);
-
-	return 'no messages' unless @rest;
-	while (my $m = shift @rest)
-	{
-		my $role = $m->{role} // '';
-		my ($strange) = grep { !$known{$_} } keys %$m;
-		my $problem;
-
-		return "member $strange" if $strange;
-		return "role $role" unless $role =~ /^(system|developer|user|assistant|tool|function)$/;
-		return 'result without a call' if $role eq 'tool';
-		return 'function without name' if $role eq 'function' && !length($m->{name} // '');
-		return 'calls of a role that has none' if $m->{tool_calls} && $role ne 'assistant';
-		my $acts = $m->{tool_calls} || $m->{function_call} || defined $m->{refusal};
-		$problem = content_problem($m, $role eq 'assistant' && $acts || $role eq 'function');
-		return "$role: $problem" if $problem;
-		$problem = calls_problem($m, \@rest) if exists $m->{tool_calls};
-		return $problem if $problem;
-	}
+	$node->safe_psql('postgres', "UPDATE chat.chat_message SET $what session_id = '$id'");
 	return;
 }
 
 # the validator itself
 is(problem({ messages => [ { role => 'user', content => 'x' } ] }), undef, 'the validator lets what is valid pass');
 is(problem({ messages => [ { role => 'tool', tool_call_id => 'x', content => '' } ] }), 'result without a call', 'and finds what is not');
+is(problem({ messages => [ { role => 'user', content => 'x', name => 'a b' } ] }), 'name', 'also in names');
 
 my @tasks;
 my %history;
@@ -184,6 +142,7 @@ foreach my $i (1 .. $histories)
 
 	$node->safe_psql('postgres', "SELECT FROM chat.add_chat_messages_batch('$id', " . literal(encode(\@messages)) . ')')
 	  if @messages;
+	disturb($id) if rand() < 0.4;
 	$history{$i} = \@messages;
 	push @tasks, ask($node, $id, "question $i. [[tokens=1]]");
 }

@@ -24,6 +24,7 @@ use Exporter 'import';
 use Test::More;
 
 use ChatTest;
+use ChatTest::Api;
 
 our @EXPORT = qw(
   tool_cluster register as_role start wait_for_calls calls turns_of of_type
@@ -295,7 +296,9 @@ sub sound_requests
 	foreach my $request ($fake->completions)
 	{
 		my ($role, @want) = ('');
+		my $problem = problem($request->{body});
 
+		push @faults, $problem if $problem;
 		foreach my $m (@{ $request->{body}{messages} })
 		{
 			$role = $m->{role};
