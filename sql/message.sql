@@ -105,6 +105,14 @@ SELECT n, m ->> 'role' AS role, m - 'role' - 'content' AS others,
 	m ->> 'content' LIKE '%_a' AS with_context
 FROM jsonb_array_elements(chat.to_openai_messages(:'s2')) WITH ORDINALITY AS e(m, n);
 
+-- without content, the six roles; the API wants a string of all but a refusal
+SELECT id AS s3 FROM chat.create_chat_session() \gset
+SELECT count(*) FROM chat.add_chat_messages_batch(:'s3', '[
+	{"role": "system"}, {"role": "developer"}, {"role": "user"}, {"role": "assistant"},
+	{"role": "tool", "tool_call_id": "c"}, {"role": "function"},
+	{"role": "assistant", "refusal": "No."}]');
+SELECT m FROM jsonb_array_elements(chat.to_openai_messages(:'s3')) AS m;
+
 -- batch
 SELECT session_id, sequence, role, content, parts, name, tool_call_id, refusal,
 	metadata

@@ -7,12 +7,21 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/lib";
 use ChatTest;
+use IO::Handle;
+use IO::Select;
+use IO::Socket::INET;
 use JSON::PP ();
+use PostgreSQL::Test::Utils;
 use Test::More;
 
 my ($true, $false) = (JSON::PP::true, JSON::PP::false);
 my $fake = start_fake();
-my $node = chat_cluster('main');
+# no proxy counts but the one that a server names
+my $node = do
+{
+	local @ENV{qw(http_proxy HTTPS_PROXY all_proxy)} = ('http://127.0.0.1:1') x 3;
+	chat_cluster('main');
+};
 
 # Creates the server anew with these options.
 sub set_server
@@ -212,6 +221,28 @@ $node->safe_psql('postgres',
 is($request->{body}{model}, 'second-1', 'the call may name another server');
 ($request) = request_of(server => 'second');
 is($request->{body}{model}, 'second-1', 'and so may the session');
+
+# a proxy, which only superusers can name: it is asked for the whole address
+my $proxy = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Listen => 1)
+  or die "listen: $!";
+$node->safe_psql('postgres',
+	server_sql($fake->port, name => 'proxied', retries => 0,
+		base_url => 'http://llm.example/v1', allow_http => 'on',
+		proxy => 'http://127.0.0.1:' . $proxy->sockport));
+my $behind = ask($node, create_session($node, server => 'proxied')->{id}, 'hi');
+IO::Select->new($proxy)->can_read($PostgreSQL::Test::Utils::timeout_default)
+  or die "nobody asks the proxy\n";
+my $client = $proxy->accept;
+my $head = <$client>;
+my $answer = '{"choices":[{"message":{"content":"by proxy"}}]}';
+print $client "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+  . 'Content-Length: ' . length($answer) . "\r\n\r\n$answer";
+$client->flush;
+is(turn_of($node, $behind)->{answer}{content}, 'by proxy', 'proxy: it answers')
+  or diag($head);
+like($head, qr{^POST http://llm\.example/v1/chat/completions HTTP},
+	'proxy: it is told where to go');
+close $client;
 
 # whose key: that of the session's owner, else PUBLIC's, when the job is claimed
 $node->safe_psql('postgres', <<'EOS');
