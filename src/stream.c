@@ -1004,7 +1004,7 @@ chat_stream_fail(ChatStream *s, ChatErrorKind kind, bool retryable,
 				 int status, const char *message)
 {
 	Stop		stop = {.kind = CHAT_END_FAILED, .retryable = retryable,
-	.status = status, .asked = true};
+	.status = status, .asked = s->transfer != NULL};
 	MemoryContext old;
 
 	if (s->ended)

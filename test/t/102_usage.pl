@@ -58,6 +58,25 @@ wait_for_task($node, $task);
 my ($eve) = usage('eve');
 cmp_ok($eve->{prompt_tokens}, '>', 0, 'one that was broken off has');
 is($eve->{estimated}, JSON::PP::true, 'about');
+is_deeply(row($node, "SELECT usage->'estimated' AS estimated, prompt_tokens > 0 AS asked, completion_tokens > 0 AS answered FROM chat.chat_task WHERE id = '$task'"),
+	{ estimated => JSON::PP::true, asked => JSON::PP::true, answered => JSON::PP::true }, 'as its task says');
+
+# one that fails in the middle of its answer, with and without a word of the endpoint
+$node->safe_psql('postgres', "ALTER SERVER fake OPTIONS (ADD retries '0')");
+my $x = create_session($node, user_id => 'max')->{id};
+my $broken = turn($x, 'y [[tokens=20 cutafter=10]]');
+is($broken->{status}, 'failed', 'a turn that breaks off');
+is($broken->{usage}{estimated}, JSON::PP::true, 'is counted, about');
+cmp_ok($broken->{prompt_tokens}, '>', 0, 'what was asked');
+cmp_ok($broken->{completion_tokens}, '>', 0, 'and what was answered');
+is((usage('max'))[0]{estimated}, JSON::PP::true, 'the view says so, too');
+my $told = turn($x, 'y [[tokens=20 cutafter=10 usage=first prompt_tokens=77 completion_tokens=3 cached=8]]');
+is_deeply([ @$told{qw(status prompt_tokens completion_tokens)}, @{ $told->{usage} }{qw(cached_tokens estimated)} ],
+	[ 'failed', 77, 3, 8, undef ], 'unless the endpoint has told');
+is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$x'"),
+	{ p => 77 + $broken->{prompt_tokens}, c => 3 + $broken->{completion_tokens} }, 'both count for the session');
+is_deeply([ map { $_->{u}{prompt_tokens} } rows($node, "SELECT metadata->'usage' AS u FROM chat.chat_message WHERE session_id = '$x' AND role = 'assistant' ORDER BY sequence") ],
+	[ $broken->{prompt_tokens}, 77 ], 'and stand on their messages');
 
 # deleting a session gives nothing back
 my @before = usage('ada');
@@ -95,6 +114,12 @@ cmp_ok($t->{prompt_tokens} + $t->{completion_tokens}, '<=', 600, 'within its bud
 is(scalar $fake->completions, 2, 'after the steps that it had room for');
 is(row($node, "SELECT count(*) AS n FROM chat.chat_message WHERE session_id = '$steps' AND role = 'tool'")->{n}, 2,
 	'whose results are stored');
+is_deeply([ map { $_->{u}{prompt_tokens} } rows($node, "SELECT metadata->'usage' AS u FROM chat.chat_message WHERE session_id = '$steps' AND role = 'assistant' ORDER BY sequence") ],
+	[ 250, 250 ], 'each step has its own count');
+is_deeply([ @$t{qw(steps prompt_tokens completion_tokens)}, @{ $t->{usage} }{qw(prompt_tokens estimated)} ], [ 2, 500, 20, 500, undef ],
+	'the task their sum, without the request that was not made');
+is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$steps'"),
+	{ p => 500, c => 20 }, 'the session, too');
 
 # the limit of a day
 $node->safe_psql('postgres', 'ALTER DATABASE postgres SET chat.max_tokens_per_user_per_day = 300');
@@ -107,6 +132,17 @@ foreach my $id ($d, $d2)
 	my ($rc, $out, $err) = $node->psql('postgres', "SELECT chat.stream_chat_completion('$id', 'c')", on_error_stop => 1, extra_params => ['-v', 'VERBOSITY=verbose']);
 	like($err, qr/ERROR:  53400: the user's tokens of this day are used up\nDETAIL:  They are 301; chat.max_tokens_per_user_per_day is 300/, 'above it: an error');
 }
+# whatever it is that would ask a model
+$fake->forget;
+foreach my $call ("regenerate('$d')", "edit_message('$d', 1, 'c')", "generate_session_title('$d')")
+{
+	my ($rc, $out, $err) = $node->psql('postgres', "SELECT chat.$call");
+	like($err, qr/the user's tokens of this day are used up/, "above it: $call");
+}
+my ($asked, $said, $why) = $node->psql('postgres', "CALL chat.ask('c', '$d')");
+like($why, qr/the user's tokens of this day are used up/, 'above it: ask()');
+is(scalar $fake->completions, 0, 'before any request');
+is(row($node, "SELECT count(*) AS n FROM chat.chat_message WHERE session_id = '$d' AND NOT active")->{n}, 0, 'and nothing is set aside');
 $node->safe_psql('postgres', "SELECT chat.delete_chat_session('$d')");
 my ($rc, $out, $err) = $node->psql('postgres', "SELECT chat.stream_chat_completion('$d2', 'c')");
 like($err, qr/They are 301/, 'deleting a session does not help');
