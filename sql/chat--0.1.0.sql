@@ -182,7 +182,7 @@ CREATE TABLE chat.chat_job (
 ) WITH (fillfactor = 50);
 CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
 	WHERE holder IS NULL AND kind = 'completion';
-CREATE INDEX chat_job_side_idx ON chat.chat_job (priority, id)
+CREATE INDEX chat_job_side_idx ON chat.chat_job (server, priority, id)
 	WHERE holder IS NULL AND kind IN ('title', 'summary');
 CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
 	WHERE holder IS NULL AND kind = 'tool';

@@ -26,6 +26,7 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
+#include "storage/latch.h"
 #include "storage/lwlock.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
@@ -34,6 +35,7 @@
 #include "utils/rel.h"
 #include "utils/resowner.h"
 #include "utils/syscache.h"
+#include "utils/wait_event.h"
 
 #include "compat.h"
 #include "http.h"
@@ -41,10 +43,15 @@
 #include "server.h"
 #include "shmem.h"
 #include "sse.h"
+#include "throttle.h"
 
 /* How long test_server() waits where the server's options do not say, ms. */
 #define TEST_CONNECT_TIMEOUT 10000
 #define TEST_TIMEOUT 60000
+
+/* How long it waits for room where the server's limits leave none, ms. */
+#define TEST_ROOM_TIMEOUT 5000
+#define TEST_ROOM_SLICE 50
 
 /* One token and some metadata: a larger answer is not what was asked for. */
 #define TEST_MAX_BODY (1024 * 1024)
@@ -64,6 +71,7 @@ typedef struct Probe
 	bool		has_usage;
 	bool		answered;		/* content or the reason of its absence */
 	ChatErrorKind kind;			/* valid when error is not NULL */
+	bool		busy;			/* a 429 that passes */
 	char	   *error;			/* redacted when run_probe() is through */
 } Probe;
 
@@ -245,6 +253,7 @@ conclude(Probe *probe, ChatTransfer *transfer)
 	{
 		chat_openai.read_error(transfer->status, transfer->buf, transfer->len,
 							   &error);
+		probe->busy = error.kind == CHAT_ERROR_RATE_LIMITED && error.retryable;
 		fail_probe(probe, error.kind,
 				   psprintf("HTTP status %d: %s", transfer->status,
 							str_text(error.message)));
@@ -287,10 +296,52 @@ build_body(const ChatServer *server, StringInfo body)
 	chat_openai.build_request(body, &request);
 }
 
+/* Takes a place among the server's requests; false if none is free in time. */
+static bool
+take_place(const ChatServer *server, Probe *probe, int *endpoint)
+{
+	int64		due = chat_shmem_clock() + TEST_ROOM_TIMEOUT;
+	int64		closed;
+
+	*endpoint = -1;
+	/* without the library there are no workers whose requests would count */
+	while (chat_shared != NULL &&
+		   !chat_throttle_ask(server, endpoint, &closed))
+	{
+		int64		now = chat_shmem_clock();
+
+		if (now + closed >= due)
+		{
+			fail_probe(probe, closed > 0 ? CHAT_ERROR_RATE_LIMITED
+					   : CHAT_ERROR_LIMIT_REACHED, closed > 0
+					   ? psprintf("a 429 keeps the endpoint closed for another %d s",
+								  (int) (closed / 1000 + 1))
+					   : "max_concurrency or max_requests_per_minute leave no room for a request");
+			return false;
+		}
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT |
+						 WL_EXIT_ON_PM_DEATH, TEST_ROOM_SLICE,
+						 PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+	return true;
+}
+
+/* Gives the place back, and says how the request has ended. */
+static void
+leave_place(const Probe *probe, const ChatTransfer *transfer, int endpoint)
+{
+	chat_throttle_finish(endpoint, transfer == NULL ? CHAT_END_CANCELLED
+						 : probe->error ? CHAT_END_FAILED : CHAT_END_COMPLETED,
+						 probe->busy ? Max(transfer->retry_after, 0) : -1);
+}
+
 /* Sends the request and fills the probe; the key is wiped in any case. */
 static void
 run_probe(const ChatServer *server, Probe *probe)
 {
+	int			endpoint;
 	ChatHttpRequest request = {0};
 	StringInfoData body;
 	char	  **headers = NULL;
@@ -310,6 +361,8 @@ run_probe(const ChatServer *server, Probe *probe)
 	request.allow_private = server->allow_private;
 	request.max_body = TEST_MAX_BODY;
 
+	if (!take_place(server, probe, &endpoint))
+		return;
 	chat_sse_init(&probe->sse, TEST_MAX_BODY);
 	PG_TRY();
 	{
@@ -327,6 +380,7 @@ run_probe(const ChatServer *server, Probe *probe)
 	PG_FINALLY();
 	{
 		chat_sse_free(&probe->sse);
+		leave_place(probe, transfer, endpoint);
 		if (transfer != NULL)
 			chat_http_close(transfer);
 		for (int i = 0; i < request.nheaders; i++)

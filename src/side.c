@@ -7,6 +7,9 @@
  * deleted with what it stores, so a worker that dies in between leaves an
  * orphan that is made again.  None of them waits for an application: a
  * session that somebody holds locked gets its result later.
+ *
+ * A request to an LLM endpoint counts there like a turn's (throttle.c), but
+ * turns go first.
  */
 #include "postgres.h"
 
@@ -19,8 +22,10 @@
 
 #include "db.h"
 #include "side.h"
+#include "shmem.h"
 #include "stream.h"
 #include "summary.h"
+#include "throttle.h"
 #include "title.h"
 #include "tokens.h"
 
@@ -30,6 +35,8 @@
 #define MAX_ANSWER (1024 * 1024)
 /* of an error body this much is told */
 #define MAX_TOLD 65536
+/* what another worker's claim has set aside is free again in so many ms */
+#define CONTENDED_DELAY 100
 /* titles that are under way at a time */
 #define MAX_TITLES 32
 /* a job that took so many workers down is not tried again */
@@ -44,14 +51,45 @@ static const ChatSideType *const types[] = {&chat_title, &chat_summary};
 static dlist_head sides = DLIST_STATIC_INIT(sides); /* under way */
 static dlist_head asked = DLIST_STATIC_INIT(asked); /* not yet committed */
 
-/* $1 holder, $2 limit, $3 database, $4 whether titles, too */
+/* jobs whose servers have no room: when to look again, and what was seen */
+static int64 look_at = PG_INT64_MAX;
+static bool refused = false;
+static bool contended = false;
+
+#define WAITING(db) \
+	" j.holder IS NULL AND j.kind IN ('title', 'summary') AND j.database = " db
+
+/*
+ * $1 database, $2 most of each server, $3 whether titles, too: jobs that wait,
+ * and whether turns wait for the same server
+ */
+CHAT_STMT(list_sides,
+		  "WITH RECURSIVE place (server) AS ("
+		  " (SELECT j.server FROM chat.chat_job AS j WHERE" WAITING("$1")
+		  "  ORDER BY j.server LIMIT 1)"
+		  " UNION ALL"
+		  " SELECT n.server FROM place AS p CROSS JOIN LATERAL"
+		  "  (SELECT j.server FROM chat.chat_job AS j WHERE" WAITING("$1")
+		  "   AND j.server > p.server ORDER BY j.server LIMIT 1) AS n)"
+		  " SELECT c.id, b.server::text, b.behind"
+		  " FROM (SELECT p.server, EXISTS (SELECT FROM chat.chat_job AS t"
+		  "   WHERE t.holder IS NULL AND t.kind = 'completion'"
+		  "    AND NOT t.parked AND t.database = $1 AND t.server = p.server"
+		  "    AND t.run_at <= now()) AS behind FROM place AS p OFFSET 0) AS b"
+		  " CROSS JOIN LATERAL (SELECT j.id, j.priority"
+		  "  FROM chat.chat_job AS j WHERE" WAITING("$1")
+		  "   AND j.server = b.server AND j.run_at <= now()"
+		  "   AND (j.kind <> 'title' OR $3)"
+		  "  ORDER BY j.priority, j.id LIMIT $2) AS c"
+		  " ORDER BY c.priority, c.id",
+		  OIDOID, INT4OID, BOOLOID);
+
+/* $1 holder, $2 jobs */
 CHAT_STMT(claim_sides,
 		  "WITH picked AS MATERIALIZED ("
 		  " SELECT j.id FROM chat.chat_job AS j"
-		  " WHERE j.holder IS NULL AND j.kind IN ('title', 'summary')"
-		  "  AND j.database = $3 AND j.run_at <= now()"
-		  "  AND (j.kind <> 'title' OR $4)"
-		  " ORDER BY j.priority, j.id LIMIT $2 FOR UPDATE OF j SKIP LOCKED"
+		  " WHERE j.id = ANY ($2) AND j.holder IS NULL"
+		  " FOR UPDATE OF j SKIP LOCKED"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
 		  "  attempts = j.attempts + 1"
@@ -61,7 +99,7 @@ CHAT_STMT(claim_sides,
 		  "  s.settings::text, j.input::text"
 		  " FROM job AS j JOIN chat.chat_session AS s ON s.id = j.session_id"
 		  " ORDER BY j.id",
-		  INT8OID, INT4OID, OIDOID, BOOLOID);
+		  INT8OID, INT8ARRAYOID);
 
 /* $1 holder */
 CHAT_STMT(give_back_sides,
@@ -104,15 +142,29 @@ make_side(const ChatSideType *type)
 
 	s->context = context;
 	s->type = type;
+	s->endpoint = -1;
 	s->usage.prompt = s->usage.completion = -1;
 	s->usage.cached = s->usage.reasoning = -1;
 	return s;
+}
+
+/* Takes a request off its endpoint's count: it has ended, or is given up. */
+static void
+leave_endpoint(ChatSide *s)
+{
+	ChatEndKind kind = !s->ended ? CHAT_END_GIVE_BACK
+	: s->failed ? CHAT_END_FAILED : CHAT_END_COMPLETED;
+
+	chat_throttle_finish(s->endpoint, kind, !s->rate_limited ? -1
+						 : s->transfer ? Max(s->transfer->retry_after, 0) : 0);
+	s->endpoint = -1;
 }
 
 /* Frees a request that is in no list. */
 static void
 free_side(ChatSide *s)
 {
+	leave_endpoint(s);
 	if (s->transfer)
 		chat_http_close(s->transfer);
 	if (s->key)
@@ -229,24 +281,54 @@ count_titles(void)
 }
 
 /*
- * Takes jobs that wait.  Nobody waits for a title: only so many are under way
- * at a time.
+ * Lists jobs that may be taken now, up to most; returns how many.  Nobody
+ * waits for a title: only so many are under way at a time.
  */
+static int
+choose(int most, Datum *ids)
+{
+	int			titles = MAX_TITLES - count_titles();
+	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId),
+		Int32GetDatum(titles > 0 ? Min(most, titles) : most),
+	BoolGetDatum(titles > 0)};
+	int			found = (int) chat_db_exec(&list_sides, values, NULL);
+	Datum	   *jobs = palloc(sizeof(Datum) * Max(found, 1));
+	const char **servers = palloc(sizeof(char *) * Max(found, 1));
+	bool	   *behind = palloc(Max(found, 1));
+	int			n = 0;
+
+	for (int i = 0; i < found; i++)
+	{
+		jobs[i] = Int64GetDatum(chat_db_int64(i, 1, 0));
+		servers[i] = chat_db_text(i, 2);
+		behind[i] = chat_db_bool(i, 3);
+	}
+	most = DatumGetInt32(values[1]);
+	for (int i = 0; i < found && n < most; i++)
+	{
+		if (chat_throttle_admit(servers[i], behind[i], &contended))
+			ids[n++] = jobs[i];
+		else
+			refused = true;
+	}
+	return n;
+}
+
+/* Takes jobs that wait; returns how many. */
 int
 chat_side_claim(int64 holder, int most)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	int			titles = MAX_TITLES - count_titles();
-	Datum		values[4];
+	Datum	   *ids = palloc(sizeof(Datum) * most);
+	int			n = choose(most, ids);
+	Datum		values[2] = {Int64GetDatum(holder), (Datum) 0};
 	dlist_iter	iter;
-	uint64		n;
 
-	values[0] = Int64GetDatum(holder);
-	values[1] = Int32GetDatum(titles > 0 ? Min(most, titles) : most);
-	values[2] = ObjectIdGetDatum(MyDatabaseId);
-	values[3] = BoolGetDatum(titles > 0);
-	n = chat_db_exec(&claim_sides, values, NULL);
-	for (uint64 row = 0; row < n; row++)
+	if (n == 0)
+		return 0;
+	values[1] = chat_db_array(&chat_int8s, ids, n);
+	n = (int) chat_db_exec(&claim_sides, values, NULL);
+	for (int row = 0; row < n; row++)
 		dlist_push_tail(&asked, &read_side(row)->node);
 	MemoryContextSwitchTo(caller);
 	dlist_foreach(iter, &asked)
@@ -256,7 +338,7 @@ chat_side_claim(int64 holder, int most)
 		if (s->job != 0)
 			prepare(s);
 	}
-	return (int) n;
+	return n;
 }
 
 /* Asks for something that has no job. */
@@ -315,6 +397,8 @@ send_request(ChatSide *s)
 	s->due = chat_stream_clock() + MAX_TIME;
 	if (server->stream_timeout >= 0)
 		s->due = Min(s->due, chat_stream_clock() + server->stream_timeout);
+	if (s->job != 0)
+		s->endpoint = chat_throttle_begin(server);
 	s->transfer = chat_http_open(&req, s);
 	s->transfer->kind = CHAT_TRANSFER_SIDE;
 	if (s->header == NULL)
@@ -322,9 +406,20 @@ send_request(ChatSide *s)
 			explicit_bzero(headers[i], strlen(headers[i]));
 }
 
+/* Plans when to look again at jobs that found no room. */
+static void
+plan_look(void)
+{
+	if (refused)
+		look_at = Min(chat_throttle_due(), contended
+					  ? chat_stream_clock() + CONTENDED_DELAY
+					  : PG_INT64_MAX);
+	refused = contended = false;
+}
+
 /* Sends the requests that were asked for. */
-void
-chat_side_open(bool committed)
+static void
+open_asked(bool committed)
 {
 	while (!dlist_is_empty(&asked))
 	{
@@ -353,10 +448,20 @@ chat_side_open(bool committed)
 			edata = CopyErrorData();
 			FlushErrorState();
 			fail(s, edata->message);
+			leave_endpoint(s);
 		}
 		PG_END_TRY();
 		MemoryContextSwitchTo(old);
 	}
+}
+
+/* Sends the requests that were asked for, or forgets them. */
+void
+chat_side_open(bool committed)
+{
+	open_asked(committed);
+	chat_throttle_settle();
+	plan_look();
 }
 
 /* Judges an answer that has come to its end. */
@@ -380,6 +485,8 @@ settle(ChatSide *s)
 	else
 	{
 		chat_openai.read_error(t->status, body, Min(t->len, MAX_TOLD), &error);
+		s->rate_limited = error.kind == CHAT_ERROR_RATE_LIMITED &&
+			error.retryable;
 		fail(s, psprintf("HTTP status %d: %.*s", t->status,
 						 (int) error.message.len, error.message.data));
 	}
@@ -409,6 +516,7 @@ chat_side_receive(ChatTransfer *t)
 		fail(s, edata->message);
 	}
 	PG_END_TRY();
+	leave_endpoint(s);
 	MemoryContextSwitchTo(old);
 }
 
@@ -434,17 +542,18 @@ chat_side_check_time(int64 now)
 		s->transfer = NULL;
 		s->worked = true;
 		fail(s, "no answer came in time");
+		leave_endpoint(s);
 	}
 	return due;
 }
 
 /* ---------- results ---------- */
 
-/* When results can be stored. */
+/* When results can be stored, or jobs find room that were refused. */
 int64
 chat_side_due(void)
 {
-	int64		due = PG_INT64_MAX;
+	int64		due = look_at;
 	dlist_iter	iter;
 
 	dlist_foreach(iter, &sides)
@@ -499,6 +608,9 @@ chat_side_stored(bool committed)
 	int64		now = chat_stream_clock();
 	dlist_mutable_iter iter;
 
+	/* the claim that follows finds the jobs, if there still are any */
+	if (look_at <= now)
+		look_at = PG_INT64_MAX;
 	dlist_foreach_modify(iter, &sides)
 	{
 		ChatSide   *s = dlist_container(ChatSide, node, iter.cur);

@@ -63,11 +63,13 @@ struct ChatSide
 	char	   *body;			/* NULL = GET */
 	char	   *header;			/* instead of those of server, wiped */
 	ChatTransfer *transfer;
+	int			endpoint;		/* that counts it, -1 = none */
 	int64		due;			/* chat_stream_clock() */
 	/* the answer */
 	bool		ended;
 	bool		failed;
 	bool		worked;			/* the endpoint did: it was no refusal */
+	bool		rate_limited;	/* by a 429 */
 	char	   *error;			/* why, without keys */
 	char	   *text;
 	char	   *model;
@@ -94,7 +96,10 @@ extern void chat_side_receive(ChatTransfer *transfer);
 /* Ends what takes too long; returns when to look again (worker's clock). */
 extern int64 chat_side_check_time(int64 now);
 
-/* When results can be stored, PG_INT64_MAX = there are none. */
+/*
+ * When results can be stored, or room be found for what waits, PG_INT64_MAX =
+ * there is nothing.
+ */
 extern int64 chat_side_due(void);
 
 /* In a transaction: stores the results; after its end: forgets them. */

@@ -8,7 +8,9 @@
  * all of it.
  *
  * A claim first sets requests aside (reserve), so that two workers together
- * do not exceed a limit; what did not start is given back.
+ * do not exceed a limit; what did not start is given back.  Requests beside
+ * the turns (titles, summaries, chat.test_server) take what turns have left:
+ * one at a time, and none while a turn waits for the same server.
  *
  * A 429 closes its server for the time that it asks for, else for a delay
  * that doubles with each.  Then one request is let through, and with each
@@ -61,7 +63,6 @@ static int	mine_unanswered[CHAT_MAX_ENDPOINTS];
 static int	reserved[CHAT_MAX_ENDPOINTS];
 static int64 reserved_at;
 static bool limits_valid = false;
-static bool registered = false;
 
 /* ---------- the table ---------- */
 
@@ -87,6 +88,24 @@ leave(int code, Datum arg)
 		mine_open[i] = mine_unanswered[i] = reserved[i] = 0;
 	}
 	LWLockRelease(chat_shared->lock);
+}
+
+/* Sees to it that leave() is called. */
+static void
+register_leave(void)
+{
+	static bool registered = false;
+
+	if (!registered)
+		before_shmem_exit(leave, (Datum) 0);
+	registered = true;
+}
+
+/* True if an endpoint does not take just anything. */
+static bool
+is_limited(const ChatEndpoint *e)
+{
+	return e->max_concurrency > 0 || e->max_rate > 0 || e->burst > 0;
 }
 
 /* Finds the endpoint of a server, or makes it; -1: no place.  Needs the lock. */
@@ -125,16 +144,15 @@ find_endpoint(Oid server, const char *name, int64 now)
 static void
 load_limits(int64 now)
 {
+	static bool watching = false;
 	Datum		values[1] = {CStringGetTextDatum("chat_llm")};
 	uint64		n;
 
-	if (!registered)
-	{
+	if (!watching)
 		CacheRegisterSyscacheCallback(FOREIGNSERVEROID, on_server_change,
 									  (Datum) 0);
-		before_shmem_exit(leave, (Datum) 0);
-		registered = true;
-	}
+	watching = true;
+	register_leave();
 	limits_valid = true;
 	n = chat_db_exec(&limited_servers, values, NULL);
 	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
@@ -216,6 +234,18 @@ room_of(ChatEndpoint *e, int most, int64 now)
 
 /* ---------- a claim ---------- */
 
+/* Sets requests of an endpoint aside.  Needs the lock. */
+static void
+set_aside(int i, int n, int64 now)
+{
+	ChatEndpoint *e = &chat_endpoints[i];
+
+	reserved[i] += n;
+	e->reserved += n;
+	advance(e, now);
+	e->requests_at[now / 1000 % CHAT_RATE_SECONDS] += n;
+}
+
 /* Sets requests aside. */
 void
 chat_throttle_reserve(int most, ChatRoom *room)
@@ -233,19 +263,48 @@ chat_throttle_reserve(int most, ChatRoom *room)
 	{
 		ChatEndpoint *e = &chat_endpoints[i];
 
-		if (e->database != MyDatabaseId ||
-			(e->max_concurrency == 0 && e->max_rate == 0 && e->burst == 0))
+		if (e->database != MyDatabaseId || !is_limited(e))
 			continue;
-		reserved[i] = room_of(e, most, now);
-		e->reserved += reserved[i];
-		advance(e, now);
-		e->requests_at[now / 1000 % CHAT_RATE_SECONDS] += reserved[i];
+		set_aside(i, room_of(e, most, now), now);
 		if (reserved[i] == most)
 			continue;
 		room->servers[room->n] = pstrdup(NameStr(e->name));
 		room->rooms[room->n++] = reserved[i];
 	}
 	LWLockRelease(chat_shared->lock);
+}
+
+/*
+ * Sets one request beside the turns aside; false if its server has no room,
+ * or turns wait for it (behind).  What was refused may be free at once when
+ * it is only set aside by another worker's claim: that is added to contended.
+ */
+bool
+chat_throttle_admit(const char *server, bool behind, bool *contended)
+{
+	int64		now = chat_stream_clock();
+	bool		room = true;
+
+	if (!limits_valid)
+		load_limits(now);
+	reserved_at = now;
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < CHAT_MAX_ENDPOINTS && room; i++)
+	{
+		ChatEndpoint *e = &chat_endpoints[i];
+
+		if (e->database != MyDatabaseId || !is_limited(e) ||
+			strcmp(NameStr(e->name), server) != 0)
+			continue;
+		room = !behind && room_of(e, 1, now) > 0;
+		if (room)
+			set_aside(i, 1, now);
+		else
+			*contended |= e->reserved > reserved[i];
+		break;
+	}
+	LWLockRelease(chat_shared->lock);
+	return room;
 }
 
 /* Gives back the requests that were set aside and did not start. */
@@ -294,38 +353,85 @@ chat_throttle_due(void)
 
 /* ---------- a request ---------- */
 
-/* Counts a request that starts. */
+/* Counts a request that starts; returns its endpoint.  Needs the lock. */
+static int
+start_request(const ChatServer *server, int64 now)
+{
+	int			i = find_endpoint(server->oid, server->name, now);
+	ChatEndpoint *e = &chat_endpoints[Max(i, 0)];
+
+	if (i < 0)
+		return -1;
+	e->requests++;
+	mine_open[i]++;
+	mine_unanswered[i]++;
+	e->open++;
+	e->unanswered++;
+	if (reserved[i] > 0)
+	{
+		reserved[i]--;
+		e->reserved--;
+	}
+	else
+	{
+		advance(e, now);
+		e->requests_at[now / 1000 % CHAT_RATE_SECONDS]++;
+	}
+	return i;
+}
+
+/* Counts a turn's request that starts. */
 void
 chat_throttle_start(ChatStream *s)
 {
-	int64		now = chat_stream_clock();
-	ChatEndpoint *e;
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	s->endpoint = start_request(s->server, chat_stream_clock());
+	s->answered = false;
+	LWLockRelease(chat_shared->lock);
+}
+
+/* Counts a request beside the turns that starts; returns its endpoint. */
+int
+chat_throttle_begin(const ChatServer *server)
+{
 	int			i;
 
 	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
-	i = find_endpoint(s->server->oid, s->server->name, now);
+	i = start_request(server, chat_stream_clock());
+	LWLockRelease(chat_shared->lock);
+	return i;
+}
+
+/*
+ * Counts a request that a backend makes; false if its server has no room, and
+ * closed says for how many ms a 429 keeps it closed.
+ */
+bool
+chat_throttle_ask(const ChatServer *server, int *endpoint, int64 *closed)
+{
+	int64		now = chat_stream_clock();
+	bool		room = true;
+	int			i;
+
+	register_leave();
+	*closed = 0;
+	*endpoint = -1;
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	i = find_endpoint(server->oid, server->name, now);
 	if (i >= 0)
 	{
-		e = &chat_endpoints[i];
-		e->requests++;
-		s->endpoint = i;
-		s->answered = false;
-		mine_open[i]++;
-		mine_unanswered[i]++;
-		e->open++;
-		e->unanswered++;
-		if (reserved[i] > 0)
-		{
-			reserved[i]--;
-			e->reserved--;
-		}
-		else
-		{
-			advance(e, now);
-			e->requests_at[now / 1000 % CHAT_RATE_SECONDS]++;
-		}
+		ChatEndpoint *e = &chat_endpoints[i];
+
+		/* maybe no worker has looked at the server's options yet */
+		e->max_concurrency = server->max_concurrency;
+		e->max_rate = server->max_rpm;
+		room = room_of(e, 1, now) > 0;
+		*closed = Max(e->paused_until - now, 0);
 	}
+	if (room)
+		*endpoint = start_request(server, now);
 	LWLockRelease(chat_shared->lock);
+	return room;
 }
 
 /* Notes that a request has an answer, good or bad.  Needs the lock. */
@@ -337,6 +443,15 @@ note_answer(ChatStream *s, ChatEndpoint *e)
 	s->answered = true;
 	mine_unanswered[s->endpoint]--;
 	e->unanswered--;
+}
+
+/* Takes a request off its endpoint; true if that is limited.  Needs the lock. */
+static bool
+leave_endpoint(int i)
+{
+	mine_open[i]--;
+	chat_endpoints[i].open--;
+	return is_limited(&chat_endpoints[i]);
 }
 
 /* Takes a good answer: a server that had enough may be asked for more. */
@@ -387,9 +502,9 @@ take_429(ChatEndpoint *e, long after, int64 now)
 
 /* Counts how a request has ended.  Needs the lock. */
 static void
-count_end(const ChatStream *s, ChatEndpoint *e, int64 now)
+count_end(ChatEndpoint *e, ChatEndKind kind)
 {
-	switch (s->end.kind)
+	switch (kind)
 	{
 		case CHAT_END_COMPLETED:
 		case CHAT_END_TOOLS:
@@ -406,11 +521,6 @@ count_end(const ChatStream *s, ChatEndpoint *e, int64 now)
 			break;
 		case CHAT_END_GIVE_BACK:
 			break;
-	}
-	if (s->first_content_at > 0 && s->end.usage)
-	{
-		e->tokens += s->end.completion_tokens;
-		e->token_time += now - s->first_content_at;
 	}
 }
 
@@ -430,17 +540,47 @@ chat_throttle_end(ChatStream *s)
 	e = &chat_endpoints[s->endpoint];
 	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
 	note_answer(s, e);
-	count_end(s, e, now);
+	count_end(e, s->end.kind);
+	if (s->first_content_at > 0 && s->end.usage)
+	{
+		e->tokens += s->end.completion_tokens;
+		e->token_time += now - s->first_content_at;
+	}
 	if (s->failure == CHAT_ERROR_RATE_LIMITED && s->passing)
 		take_429(e, s->transfer ? s->transfer->retry_after : -1, now);
 	else if (s->end.kind == CHAT_END_COMPLETED || s->end.kind == CHAT_END_TOOLS)
 		e->strikes = 0;
-	mine_open[s->endpoint]--;
-	e->open--;
-	limited = e->max_concurrency > 0 || e->max_rate > 0 || e->burst > 0;
+	limited = leave_endpoint(s->endpoint);
 	s->endpoint = -1;
 	LWLockRelease(chat_shared->lock);
 	return limited;
+}
+
+/*
+ * Counts the end of a request beside the turns; after = what a 429 has asked
+ * for, in seconds (0 = it said nothing), -1 = it was none.  Wakes those that
+ * may wait for this end, but not this process.
+ */
+void
+chat_throttle_finish(int endpoint, ChatEndKind kind, long after)
+{
+	ChatEndpoint *e = &chat_endpoints[Max(endpoint, 0)];
+	bool		limited;
+
+	if (endpoint < 0)
+		return;
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	mine_unanswered[endpoint]--;
+	e->unanswered--;
+	count_end(e, kind);
+	if (after >= 0)
+		take_429(e, after, chat_stream_clock());
+	else if (kind == CHAT_END_COMPLETED)
+		open_wider(e);
+	limited = leave_endpoint(endpoint);
+	LWLockRelease(chat_shared->lock);
+	if (limited)
+		chat_shmem_ring(MyDatabaseId, false);
 }
 
 /* ---------- statistics ---------- */
@@ -465,7 +605,8 @@ put_endpoint(ReturnSetInfo *rsinfo, ChatEndpoint *e, int64 now)
 		Float8GetDatum(e->first_token_last / 1000.0),
 		Int64GetDatum(e->tokens),
 		Float8GetDatum(e->token_time / 1000.0),
-		Int64GetDatum(requests_of_minute(e, now)),
+		/* what a claim has set aside for this moment is no request */
+		Int64GetDatum(requests_of_minute(e, now) - e->reserved),
 		Float8GetDatum(pause / 1000.0)
 	};
 	bool		nulls[lengthof(values)] = {0};

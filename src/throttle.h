@@ -28,10 +28,20 @@ typedef struct ChatRoom
 extern void chat_throttle_reserve(int most, ChatRoom *room);
 extern void chat_throttle_settle(void);
 
+/* The same for one request beside the turns, behind those that wait. */
+extern bool chat_throttle_admit(const char *server, bool behind,
+								bool *contended);
+
 /* Tell of a stream's request: it starts, content has come, it has ended. */
 extern void chat_throttle_start(ChatStream *stream);
 extern void chat_throttle_answered(ChatStream *stream);
 extern bool chat_throttle_end(ChatStream *stream);
+
+/* Tell of a request beside the turns; an endpoint of -1 counts nothing. */
+extern int	chat_throttle_begin(const ChatServer *server);
+extern bool chat_throttle_ask(const ChatServer *server, int *endpoint,
+							  int64 *closed);
+extern void chat_throttle_finish(int endpoint, ChatEndKind kind, long after);
 
 /* When a server that is closed for a time opens again, INT64_MAX = none is. */
 extern int64 chat_throttle_due(void);

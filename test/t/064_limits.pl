@@ -112,7 +112,122 @@ is($server->{completed}, row($node, "SELECT count(*) FROM chat.chat_task WHERE s
 	  . " AND status = 'completed'")->{count}, 'completed ones are counted');
 cmp_ok($server->{first_token_seconds_avg}, '>', 0, 'so is the time to the first token');
 cmp_ok($server->{tokens}, '>', 0, 'and tokens');
+cmp_ok($server->{tokens_per_second}, '>', 0, 'how fast they come');
 is(row($node, "SELECT open_requests FROM chat.stat_server WHERE server = 'other'")->{open_requests},
 	0, 'each server has its own figures');
+my ($bad) = start(1, 'other', 'bad [[status=400]]');
+is(wait_for_task($node, $bad)->{status}, 'failed', 'a request that fails');
+is(row($node, "SELECT failed FROM chat.stat_server WHERE server = 'other'")->{failed},
+	1, 'errors are counted');
+
+# requests beside the turns take a slot and count as any other, behind turns
+my $beside = start_fake();
+$node->safe_psql('postgres', server_sql($beside->port, name => 'beside', max_concurrency => 1));
+
+# A session at that server with a question, whose title is another matter.
+sub untitled
+{
+	my ($message) = @_;
+	my $id = create_session($node, server => 'beside')->{id};
+	$node->safe_psql('postgres', "SELECT chat.add_chat_message('$id', 'user', '$message')");
+	return $id;
+}
+
+# Asks for the title of a session.
+sub ask_title
+{
+	my ($id) = @_;
+	is($node->safe_psql('postgres', "SELECT chat.generate_session_title('$id')"),
+		't', 'a title is asked for');
+	return;
+}
+
+# How many jobs wait for that server.
+sub waiting
+{
+	return row($node, "SELECT count(*) FROM chat.chat_job WHERE holder IS NULL"
+		  . " AND server = 'beside'")->{count};
+}
+
+# Lets both workers look at their queues again.
+sub look_again
+{
+	wait_for_task($node, $_) foreach start(4, 'other', 'quick [[tokens=1]]');
+	return;
+}
+
+my ($one) = start(1, 'beside', 'one [[tokens=2 gateat=1:one]]');
+$beside->wait_at_gate('one');
+my $session = untitled('t [[for=title text=Quiet gate=title]]');
+ask_title($session);
+look_again();
+is($beside->stats->{requests}, 1, 'max_concurrency: a title waits for a slot');
+my ($two) = start(1, 'beside', 'two [[tokens=2 gateat=1:two]]');
+look_again();
+$beside->open_gate('one');
+wait_for_task($node, $one);
+$beside->wait_at_gate('two');
+look_again();
+is($beside->stats->{requests}, 2, 'and lets a turn that came later go first');
+$beside->open_gate('two');
+wait_for_task($node, $two);
+$beside->wait_at_gate('title');
+is(row($node, "SELECT open_requests FROM chat.stat_server WHERE server = 'beside'")->{open_requests},
+	1, 'a title takes a slot');
+my ($three) = start(1, 'beside', 'three [[tokens=2]]');
+look_again();
+is($beside->stats->{requests}, 3, 'max_concurrency: a turn waits for the title');
+my $test = row($node, "SELECT * FROM chat.test_server('beside')");
+is($test->{error_code}, 'limit_reached', 'max_concurrency: test_server has no room');
+$beside->open_gate('title');
+is(wait_for_task($node, $three)->{status}, 'completed', 'it runs when the title is there');
+is(row($node, "SELECT title FROM chat.chat_session WHERE id = '$session'")->{title},
+	'Quiet', 'which it is');
+$test = row($node, "SELECT * FROM chat.test_server('beside')");
+is($test->{ok}, JSON::PP::true, 'test_server has room');
+my $stat = row($node, "SELECT * FROM chat.stat_server WHERE server = 'beside'");
+is($stat->{requests}, 5, 'all are counted');
+is($stat->{completed}, 5, 'with their ends');
+is($stat->{requests_last_minute}, 5, 'and for the minute');
+is($stat->{open_requests}, 0, 'and none is left over');
+
+# requests per minute
+$node->safe_psql('postgres', "ALTER SERVER beside OPTIONS (SET max_concurrency '100', ADD max_requests_per_minute '7')");
+ask_title(untitled('u [[for=title text=Second]]'));
+$beside->wait_for_stats(sub { $_->{completed} == 6 });
+ask_title(untitled('v [[for=title text=Third]]'));
+$beside->wait_for_stats(sub { $_->{completed} == 7 });
+my $late = untitled('w [[for=title text=Late]]');
+ask_title($late);
+my ($four) = start(1, 'beside', 'four [[tokens=2]]');
+look_again();
+is($beside->stats->{requests}, 7, 'max_requests_per_minute: titles and test calls count');
+is(waiting(), 2, 'a title and a turn wait');
+$node->safe_psql('postgres', "ALTER SERVER beside OPTIONS (DROP max_requests_per_minute)");
+is(wait_for_task($node, $four)->{status}, 'completed', 'they run when the limit is gone');
+wait_for($node, "SELECT title = 'Late' FROM chat.chat_session WHERE id = '$late'");
+
+# a 429 for one of them closes the server for all
+ask_title(untitled('x [[for=title status=429 retry_after=200]]'));
+wait_for($node, "SELECT rate_limited = 1 FROM chat.stat_server WHERE server = 'beside'");
+my ($five) = start(1, 'beside', 'five [[tokens=2]]');
+look_again();
+is(waiting(), 1, "a title's 429 closes the server");
+$test = row($node, "SELECT * FROM chat.test_server('beside')");
+is($test->{error_code}, 'rate_limited', 'for test_server, too');
+$node->safe_psql('postgres', "ALTER SERVER beside OPTIONS (SET max_concurrency '1')");
+is(wait_for_task($node, $five)->{status}, 'completed', 'ALTER SERVER opens it');
+is(row($node, "SELECT open_requests FROM chat.stat_server WHERE server = 'beside'")->{open_requests},
+	0, 'nothing is left over');
+
+# a title of a session that is deleted gives its slot back
+my $gone = untitled('y [[for=title text=Gone gate=gone]]');
+ask_title($gone);
+$beside->wait_at_gate('gone');
+my ($six) = start(1, 'beside', 'six [[tokens=2]]');
+look_again();
+is(waiting(), 1, 'a turn waits for a title');
+$node->safe_psql('postgres', "SELECT chat.delete_chat_session('$gone')");
+is(wait_for_task($node, $six)->{status}, 'completed', 'it runs when the session is deleted');
 
 done_testing();
