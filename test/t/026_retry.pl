@@ -180,4 +180,35 @@ foreach my $long ('301', 'date:4000')
 	cmp_ok($turn->{error}{retry_after}, '>', 300, '  also as a number');
 }
 
+# exponential, from chat.retry_base_delay to chat.retry_max_delay, with jitter:
+# between a half and the whole of 10, 20, 25 and 25 s.
+my $slow = chat_cluster('slow', conf => <<'EOF');
+chat.retry_base_delay = 10s
+chat.retry_max_delay = 25s
+chat.max_retries = 4
+EOF
+create_server($slow, $fake);
+my @slow = split /\n/, $slow->safe_psql('postgres', <<'EOF');
+SELECT chat.stream_chat_completion((chat.create_chat_session()).id,
+	'[[status=500]]') FROM generate_series(1, 8)
+EOF
+my $failures = 0;
+foreach my $most (10, 20, 25, 25)
+{
+	$failures++;
+	wait_for($slow, 'SELECT count(*) = 8 FROM chat.chat_job'
+		  . " WHERE holder IS NULL AND attempts = $failures AND run_at > now()");
+	my @delays = map { $_->{delay} } rows($slow,
+		'SELECT extract(epoch FROM run_at - now()) AS delay FROM chat.chat_job');
+	# they were planned a little before we look
+	is((grep { $_ > $most || $_ < $most / 2 - 4 } @delays),
+		0, "failure $failures: at most $most s, at least a half")
+	  or diag("@delays");
+	my %different = map { sprintf('%.3f', $_) => 1 } @delays;
+	cmp_ok(scalar keys %different, '>', 4, '  with jitter');
+	$slow->safe_psql('postgres', 'UPDATE chat.chat_job SET run_at = now()');
+}
+is(wait_for_task($slow, $_)->{status}, 'failed', 'the fifth failure is the last')
+  foreach @slow;
+
 done_testing();

@@ -144,6 +144,21 @@ is(row($node, "SELECT (chat.get_task('$unknown')).id")->{id},
 	undef, 'get_task of an unknown task is NULL');
 is_deeply([ events($node, $unknown) ], [], 'and it has no events');
 
+# start and start-step commit with the claim, before the request leaves
+$task = ask($node, create_session($node)->{id}, '[[tokens=1 gatehead=head]]');
+$fake->wait_at_gate('head');
+is_deeply([ types_of(stored_events($node, $task)) ],
+	[qw(start start-step)], 'start and start-step are there before the answer');
+is( row($node, <<"EOF")->{count}, 1, 'stored by the transaction of the claim');
+SELECT count(DISTINCT x) FROM (
+	SELECT xmin::text AS x FROM chat.chat_event WHERE task_id = '$task'
+	UNION ALL SELECT xmin::text FROM chat.chat_message WHERE task_id = '$task'
+	UNION ALL SELECT xmin::text FROM chat.chat_task WHERE id = '$task'
+	UNION ALL SELECT xmin::text FROM chat.chat_job WHERE task_id = '$task') AS t
+EOF
+$fake->open_gate('head');
+is(turn_of($node, $task)->{status}, 'completed', 'then it comes');
+
 # a failed turn is a whole stream, too
 ($notes, $turn) = listen_to('[[status=400]]');
 check_stream($notes, $turn, 'failed');

@@ -13,7 +13,8 @@ use ChatTest::Crash;
 use Test::More;
 
 my $fake = start_fake();
-my $node = chat_cluster('main', conf => 'restart_after_crash = on');
+my $node = chat_cluster('main', conf =>
+	  "restart_after_crash = on\nwal_writer_delay = 10s");
 create_server($node, $fake);
 
 my $answer = join '', map { "t$_ " } 0 .. 9;
