@@ -113,6 +113,8 @@ SELECT state, message FROM raised(format(
 SELECT state, message FROM raised(format(
 	'SELECT chat.update_chat_session(%L, total_completion_tokens => -1)', :s1));
 SELECT state, message FROM raised(format(
+	'SELECT chat.update_chat_session(%L, total_prompt_tokens => 9007199254740993)', :s1));
+SELECT state, message FROM raised(format(
 	'SELECT chat.update_chat_session(%L, settings => ''{"x": 1}'')', :s1));
 SELECT state, message FROM raised(format(
 	'SELECT chat.update_chat_session(%L, metadata => ''1'')', :s1));

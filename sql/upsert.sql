@@ -114,8 +114,14 @@ SELECT d ->> 'total_prompt_tokens' AS prompt, d ->> 'total_completion_tokens' AS
 FROM chat.upsert_chat_session(jsonb_build_object('session_id', :s1, 'total_prompt_tokens', 1,
 	'usage', '[{"prompt_tokens": 101, "completion_tokens": null}, {}]'::jsonb)) AS d;
 SELECT jsonb_path_query_array(d, '$.usage[*].total_tokens') AS total, chat.upsert_chat_session(d) = d AS same
-FROM chat.upsert_chat_session('{"total_prompt_tokens": 9223372036854775807,
-	"total_completion_tokens": 9223372036854775807}') AS d;
+FROM chat.upsert_chat_session('{"total_prompt_tokens": 9007199254740992,
+	"total_completion_tokens": 9007199254740992}') AS d;
+-- what was counted beyond that goes back as it is, and not further
+SELECT id AS large FROM chat.create_chat_session() \gset
+UPDATE chat.chat_session SET total_prompt_tokens = 9007199254741000 WHERE id = :'large';
+SELECT chat.upsert_chat_session(d) = d AS same FROM chat.get_chat_session(:'large') AS d;
+SELECT * FROM raised(format('SELECT chat.upsert_chat_session(%L)', jsonb_build_object(
+	'session_id', :'large', 'total_prompt_tokens', 9007199254741001)));
 
 -- messages beyond the stored ones are appended
 SELECT version(:s1) AS before \gset
@@ -181,6 +187,8 @@ SELECT r.* FROM unnest(ARRAY[
 	'{"channel": "aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeeeffffffffffgggg"}',
 	'{"total_prompt_tokens": -1}', '{"total_completion_tokens": 0.5}',
 	'{"total_prompt_tokens": 9223372036854775808}',
+	'{"total_completion_tokens": 9007199254740993}',
+	'{"usage": [{"prompt_tokens": 9007199254740993}]}',
 	'{"usage": {}}', '{"usage": [1]}', '{"usage": [{}, {"prompt_tokens": -1}]}',
 	'{"usage": [{"completion_tokens": "1"}]}',
 	'{"usage": [{"prompt_tokens": 9223372036854775807}, {"prompt_tokens": 1}]}',

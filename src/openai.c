@@ -47,6 +47,9 @@
 /* no payload is longer, also not once it is made safe (six times at most) */
 #define MAX_JSON_SIZE (128 * 1024 * 1024)
 
+/* a count of tokens beyond this is none: sums of many still are numbers */
+#define MAX_COUNT 1e12
+
 /* what `user` and `session_id` are cut at, in characters */
 #define MAX_TRACING_CHARS 128
 
@@ -515,7 +518,7 @@ grow(Growing *g, ChatStr piece)
 	g->str.len = len;
 }
 
-/* Reads a count; anything but a number from 0 to 2^53 is -1. */
+/* Reads a count; anything but a number from 0 to MAX_COUNT is -1. */
 static int64
 read_count(ChatStr token)
 {
@@ -527,7 +530,7 @@ read_count(ChatStr token)
 	memcpy(number, token.data, token.len);
 	number[token.len] = '\0';
 	value = strtod(number, NULL);
-	return value >= 0 && value <= 9007199254740992.0 ? (int64) value : -1;
+	return value >= 0 && value <= MAX_COUNT ? (int64) value : -1;
 }
 
 /* Takes a value that is no object or array, or starts to keep it raw. */

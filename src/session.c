@@ -67,6 +67,12 @@ typedef struct Document
 /* of exported documents */
 #define FORMAT "chat/1"
 
+/*
+ * Largest total of tokens that is taken: JSON numbers tell no larger ones
+ * apart, and millions of steps can be added before a bigint is full.
+ */
+#define MAX_TOTAL INT64CONST(9007199254740992)
+
 #define DOC_TYPES \
 	UUIDOID, TEXTOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID, INT8OID, \
 	INT8OID, JSONBOID, JSONBOID, NAMEOID, NAMEOID, INT8OID
@@ -76,7 +82,8 @@ CHAT_STMT(find_session,
 		  CHAT_VISIBLE_TYPES);
 
 CHAT_STMT(lock_session,
-		  "SELECT s.next_sequence, s.server FROM chat.chat_session AS s"
+		  "SELECT s.next_sequence, s.server, s.total_prompt_tokens,"
+		  " s.total_completion_tokens FROM chat.chat_session AS s"
 		  " WHERE" CHAT_VISIBLE "FOR NO KEY UPDATE",
 		  CHAT_VISIBLE_TYPES);
 
@@ -412,6 +419,30 @@ check_user(const ChatScope *scope, Document *doc)
 		reject_user(scope);
 }
 
+/* Raises an error if a total is larger than one may be, or than it was. */
+static void
+check_total(const char *name, int64 total, int64 stored)
+{
+	if (total < 0 || total > Max(stored, MAX_TOTAL))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("\"%s\" must be a whole number from 0 to %lld",
+						name, (long long) MAX_TOTAL)));
+}
+
+/* Checks a document's totals against those that are stored. */
+static void
+check_totals(const Document *doc, int64 prompt, int64 completion)
+{
+	if (!doc->nulls[DOC_PROMPT_TOKENS])
+		check_total("total_prompt_tokens",
+					DatumGetInt64(doc->values[DOC_PROMPT_TOKENS]), prompt);
+	if (!doc->nulls[DOC_COMPLETION_TOKENS])
+		check_total("total_completion_tokens",
+					DatumGetInt64(doc->values[DOC_COMPLETION_TOKENS]),
+					completion);
+}
+
 /* Starts a function: fills the parameters of CHAT_VISIBLE. */
 static void
 enter(ChatScope *scope, pg_uuid_t *id, Datum *values)
@@ -476,6 +507,7 @@ static bool
 insert_document(const ChatScope *scope, Document *doc)
 {
 	check_user(scope, doc);
+	check_totals(doc, 0, 0);
 	if (doc->nulls[DOC_USER_ID] && scope->user[0] != '\0')
 		set_column(doc, DOC_USER_ID, CStringGetTextDatum(scope->user));
 	if (!doc->nulls[DOC_SERVER])
@@ -548,6 +580,10 @@ chat_session_update(PG_FUNCTION_ARGS)
 		chat_session_check_settings(PG_GETARG_JSONB_P(7));
 	if (!PG_ARGISNULL(8))
 		chat_field_check(&metadata_field, PG_GETARG_JSONB_P(8));
+	if (!PG_ARGISNULL(4))
+		check_total("total_prompt_tokens", PG_GETARG_INT64(4), 0);
+	if (!PG_ARGISNULL(5))
+		check_total("total_completion_tokens", PG_GETARG_INT64(5), 0);
 	enter(&scope, PG_GETARG_UUID_P(0), values);
 	take_arguments(fcinfo, 1, 8, values + 3, nulls + 3);
 	if (chat_db_exec(&update_session, values, nulls) > 0)
@@ -905,6 +941,7 @@ merge(const ChatScope *scope, Document *doc, const ChatEntries *entries)
 	int			from;
 
 	check_user(scope, doc);
+	check_totals(doc, chat_db_int64(0, 3, 0), chat_db_int64(0, 4, 0));
 	if (!doc->nulls[DOC_SERVER])
 	{
 		char	   *name = NameStr(*DatumGetName(doc->values[DOC_SERVER]));

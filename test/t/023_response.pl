@@ -72,6 +72,24 @@ is_deeply(
 	[ 5, 2 ],
 	'cached and reasoning tokens are told');
 
+# counts that nobody can have, and a session that has the largest total: its
+# turns end all the same
+my ($lie) = turns(
+	'tokens=1 prompt_tokens=1000000000001 completion_tokens=9007199254740992');
+is($lie->{status}, 'completed', 'impossible counts: completed');
+is($lie->{usage}{estimated}, JSON::PP::true, 'they are estimated instead');
+cmp_ok($lie->{prompt_tokens} + $lie->{completion_tokens}, '<', 1000,
+	'and count nowhere');
+my $largest = '9007199254740992';
+my $full = create_session($node)->{id};
+$node->safe_psql('postgres', "SELECT chat.update_chat_session('$full',"
+	  . " total_prompt_tokens => $largest, total_completion_tokens => $largest)");
+is(turn_of($node, ask($node, $full, 'x [[tokens=2 prompt_tokens=1000000000000]]'))->{status},
+	'completed', 'the largest total: the turn is completed');
+is( $node->safe_psql('postgres', 'SELECT total_prompt_tokens FROM'
+		  . " chat.chat_session WHERE id = '$full'"),
+	$largest + 1000000000000, 'and its tokens are added');
+
 # what the model refuses
 foreach my $turn (turns(
 	'refusal=I%20cannot%20do%20that.',
