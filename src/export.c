@@ -27,14 +27,13 @@ CHAT_STMT(find_session,
 
 CHAT_STMT(load_messages,
 		  "SELECT m.id::text, m.role, m.content, m.tool_call_id, m.refusal,"
-		  " m.name, m.task_id::text, t.answer_id::text,"
+		  " m.name, m.task_id::text,"
 		  " to_json(m.created_at)::text, m.sequence, m.parts, m.tool_calls,"
 		  " m.function_call, m.metadata,"
 		  " COALESCE(c.operation_id::text, m.metadata ->> 'operation_id'),"
 		  " COALESCE(m.metadata @> '{\"pending\": true}', false),"
 		  " COALESCE(c.status = 'approval', false)"
-		  " FROM chat.chat_message AS m LEFT JOIN chat.chat_task AS t"
-		  " ON t.id = m.task_id AND t.session_id = m.session_id"
+		  " FROM chat.chat_message AS m"
 		  " LEFT JOIN chat.chat_tool_call AS c"
 		  " ON c.session_id = m.session_id AND c.sequence = m.sequence"
 		  " WHERE m.session_id = $1 AND m.active ORDER BY m.sequence",
@@ -50,7 +49,6 @@ typedef struct Row
 	char	   *refusal;
 	char	   *name;
 	char	   *task;
-	char	   *answer;			/* the id that the task's events gave it */
 	char	   *created_at;		/* JSON */
 	int64		sequence;
 	JsonbContainer *parts;
@@ -444,7 +442,10 @@ continues(const Row *row)
 	return is_result(&row[-1]);
 }
 
-/* Appends one assistant message; returns how many rows it was made of. */
+/*
+ * Appends one assistant message; returns how many rows it was made of.  Its
+ * id is that of the first step, as in the events.
+ */
 static int
 put_turn(StringInfo out, const Row *rows, int left)
 {
@@ -453,7 +454,7 @@ put_turn(StringInfo out, const Row *rows, int left)
 
 	while (n < left && continues(&rows[n]))
 		n++;
-	open_message(out, rows->answer ? rows->answer : rows->id, "assistant");
+	open_message(out, rows->id, "assistant");
 	for (int i = 0; i < n; i++)
 	{
 		if (is_result(&rows[i]))
@@ -521,19 +522,19 @@ read_rows(uint64 n)
 		char	  **texts[] = {
 			&rows[i].id, &rows[i].role, &rows[i].content,
 			&rows[i].tool_call_id, &rows[i].refusal, &rows[i].name,
-			&rows[i].task, &rows[i].answer, &rows[i].created_at
+			&rows[i].task, &rows[i].created_at
 		};
 
 		for (int t = 0; t < (int) lengthof(texts); t++)
 			*texts[t] = chat_db_text(i, t + 1);
-		rows[i].sequence = chat_db_int64(i, 10, 0);
-		rows[i].parts = container(i, 11);
-		rows[i].tool_calls = container(i, 12);
-		rows[i].function_call = container(i, 13);
-		rows[i].metadata = container(i, 14);
-		rows[i].operation = chat_db_text(i, 15);
-		rows[i].pending = chat_db_bool(i, 16);
-		rows[i].approval = chat_db_bool(i, 17);
+		rows[i].sequence = chat_db_int64(i, 9, 0);
+		rows[i].parts = container(i, 10);
+		rows[i].tool_calls = container(i, 11);
+		rows[i].function_call = container(i, 12);
+		rows[i].metadata = container(i, 13);
+		rows[i].operation = chat_db_text(i, 14);
+		rows[i].pending = chat_db_bool(i, 15);
+		rows[i].approval = chat_db_bool(i, 16);
 	}
 	return rows;
 }

@@ -1,5 +1,6 @@
 # Is what chat.sse() returns the AI SDK's protocol, for the AI SDK itself, and
-# does its client build the very message that task_snapshot() returns?
+# does its client build the very message that task_snapshot() returns, and
+# to_ui_messages() in its place?
 
 use strict;
 use warnings;
@@ -106,6 +107,35 @@ foreach my $name (sort keys %message)
 like(verify($task{failed}, 7)->{error}, qr/nope/, 'the client learns of an error');
 my ($reset) = grep { $_->{type} eq 'reset-step' } events($node, $task{reset});
 ok($reset, 'there was a reset-step');
+
+# the stored messages are UIMessages, the same that the stream makes
+sub stored
+{
+	my ($session, $protocol) = @_;
+	my $json = $node->safe_psql('postgres', "SELECT chat.to_ui_messages('$session')");
+	return decode(run_node($json, 'ui.mjs', $protocol));
+}
+
+foreach my $name (sort keys %message)
+{
+	my $session = row($node, "SELECT session_id FROM chat.chat_task WHERE id = '$task{$name}'")->{session_id};
+
+	foreach my $protocol (6, 7)
+	{
+		my $got = eval { stored($session, $protocol) };
+		ok($got, "to_ui_messages() of $name: ai $protocol takes every message") or diag($@), next;
+		is($got->{messages}[0]{role}, 'user', 'the question')
+		  or diag(encode($got->{messages}));
+		is($got->{model}[0]{role}, 'user', 'and makes a request of it');
+		next if $name eq 'failed';
+		my $streamed = snapshot($task{$name})->{message};
+		# what the stream calls a block is not stored
+		delete $_->{id} foreach @{ $streamed->{parts} };
+		is_deeply([ @{ $got->{messages}[-1] }{qw(id role parts)} ], [ @$streamed{qw(id role parts)} ],
+			'the answer is the one that was streamed')
+		  or diag(encode($got->{messages}[-1]) . "\n" . encode($streamed));
+	}
+}
 
 # what only other parts of the runtime send
 my $invented = invent(

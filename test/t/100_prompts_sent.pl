@@ -42,6 +42,32 @@ $t = wait_for_task($node, ask($node, $s, 'y [[tokens=1]]'));
 is($t->{status}, 'completed', 'a turn without the context of its user');
 like((sent())[0]{content}, qr/not met/, 'who counts as one not met before');
 
+# who is new is welcomed, once
+$node->append_conf('postgresql.conf', "chat.onboarding_prompt = 'welcome'");
+$node->reload;
+$node->safe_psql('postgres', "SELECT chat.set_prompt('welcome', 'Welcome {{user_id}}')");
+wait_for($node, "SELECT current_setting('chat.onboarding_prompt') = 'welcome'");
+# the worker reads it at its own time
+my $new;
+for (1 .. 100)
+{
+	$new = create_session($node, user_id => "bob $_")->{id};
+	$t = wait_for_task($node, ask($node, $new, 'x [[tokens=1]]'));
+	last if $t->{prompt_name} eq 'welcome';
+}
+is($t->{prompt_name}, 'welcome', "a user's first session has the prompt for it");
+like((sent())[0]{content}, qr/^Welcome bob/, 'which is sent');
+my ($user) = (sent())[0]{content} =~ /^Welcome (.*)/;
+$t = wait_for_task($node, ask($node, create_session($node, user_id => $user)->{id}, 'x [[tokens=1]]'));
+is($t->{prompt_name}, 'default', 'the second one has not');
+
+# without any prompt the built-in one serves
+$node->safe_psql('postgres', "SELECT chat.delete_prompt('default'), chat.delete_prompt('welcome')");
+$t = wait_for_task($node, ask($node, $s, 'x [[tokens=1]]'));
+like((sent())[0]{content}, qr/^You are a helpful assistant\./, 'the last resort');
+is($t->{prompt_name}, undef, 'has no name');
+$node->safe_psql('postgres', "SELECT chat.set_prompt('default', 'again')");
+
 my $none = create_session($node, settings => '{"prompt": ""}')->{id};
 $t = wait_for_task($node, ask($node, $none, 'x [[tokens=1]]'));
 is((sent())[0]{role}, 'user', 'a session that wants no prompt');

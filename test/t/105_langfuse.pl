@@ -105,7 +105,9 @@ $store->fail(0);
 $node->safe_psql('postgres', "SELECT chat.set_prompt('mine / own', 'stored mine')");
 $s = create_session($node, user_id => 'ada', settings => '{"prompt": "mine / own"}')->{id};
 my $before = asked();
+$offset = -s $node->logfile;
 is((turn())[1], 'stored mine', 'a prompt that is not there');
+like(slurp_file($node->logfile, $offset), qr/WARNING:  could not fetch prompt "mine \/ own" from server "prompts"\n.*HTTP status 404/s, 'the log has a WARNING');
 is((turn())[1], 'stored mine', 'is not waited for');
 is(asked(), $before + 1, 'or asked for again at once');
 is(($store->requests)[-1], 'GET /api/public/v2/prompts/mine%20%2F%20own?label=latest', 'its name is encoded');
@@ -116,6 +118,21 @@ $node->safe_psql('postgres', "SELECT chat.set_prompt('slow', 'stored slow'); ALT
 $store->hold;
 is((turn())[1], 'stored slow', 'a server that does not answer in time');
 $store->release;
+
+# an answer that is no prompt, and a server that is not there
+foreach my $case ([ odd => { odd => 1 }, qr/the answer is not what was asked for/ ], [ empty => '', qr/the answer is not what was asked for/ ])
+{
+	my ($name, $prompt, $why) = @$case;
+	$store->set($name => { latest => [ 1, $prompt ] });
+	$node->safe_psql('postgres', "SELECT chat.set_prompt('$name', 'stored $name')");
+	$s = create_session($node, user_id => 'ada', settings => encode({ prompt => $name }))->{id};
+	is((turn())[1], "stored $name", 'an answer that is no prompt');
+	like(row($node, "SELECT error FROM chat.chat_prompt_cache WHERE name = '$name'")->{error}, $why, 'is said to be none');
+}
+$node->safe_psql('postgres', "ALTER SERVER prompts OPTIONS (SET host 'http://127.0.0.1:1'); SELECT chat.set_prompt('alone', 'stored alone')");
+$s = create_session($node, user_id => 'ada', settings => '{"prompt": "alone"}')->{id};
+is((turn())[1], 'stored alone', 'a server that is not there');
+$node->safe_psql('postgres', "ALTER SERVER prompts OPTIONS (SET host '$host')");
 
 # two turns that wait for two prompts: one does not end the other's waiting
 $store->set(one => { latest => [ 1, 'first' ] }, two => { latest => [ 1, 'second' ] });
