@@ -139,7 +139,7 @@ CREATE UNIQUE INDEX chat_task_message_idx
 CREATE TABLE chat.chat_job (
 	id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
 	kind text NOT NULL CHECK (kind IN
-		('completion', 'tool', 'title', 'summary')),
+		('completion', 'tool', 'title', 'summary', 'notice')),
 	session_id uuid NOT NULL
 		REFERENCES chat.chat_session ON DELETE CASCADE,
 	task_id uuid,
@@ -183,7 +183,7 @@ CREATE TABLE chat.chat_job (
 CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
 	WHERE holder IS NULL AND kind = 'completion';
 CREATE INDEX chat_job_side_idx ON chat.chat_job (server, priority, id)
-	WHERE holder IS NULL AND kind IN ('title', 'summary');
+	WHERE holder IS NULL AND kind IN ('title', 'summary', 'notice');
 CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
 	WHERE holder IS NULL AND kind = 'tool';
 -- when there are more jobs than room: turn by turn, within servers' limits

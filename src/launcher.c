@@ -282,6 +282,7 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 	if (rings)
 	{
 		chat_shmem_ring(MyDatabaseId, true);
+		chat_shmem_ring_notices(MyDatabaseId);
 		/* no worker goes where no extension is */
 		if (OidIsValid(get_extension_oid("chat", true)))
 			chat_shmem_changed(MyDatabaseId);

@@ -52,6 +52,7 @@ static shmem_startup_hook_type prev_startup_hook = NULL;
 static bool ring_wanted = false;
 static bool recheck_wanted = false;
 static bool strays_wanted = false;
+static bool notices_wanted = false;
 static bool check_wanted = false;
 static bool publish_wanted = false;
 static bool publish_buckets[WAIT_BUCKETS];
@@ -86,6 +87,7 @@ init_slot(ChatSlot *slot)
 	pg_atomic_init_u32(&slot->paused, 0);
 	pg_atomic_init_u32(&slot->recheck, 0);
 	pg_atomic_init_u32(&slot->strays, 0);
+	pg_atomic_init_u32(&slot->notices, 0);
 	pg_atomic_init_u32(&slot->progress_due, 0);
 	for (size_t i = 0; i < sizeof(ChatCounters) / sizeof(pg_atomic_uint64); i++)
 		pg_atomic_init_u64(&((pg_atomic_uint64 *) &slot->counters)[i], 0);
@@ -148,6 +150,8 @@ at_transaction_end(XactEvent event, void *arg)
 		case XACT_EVENT_COMMIT:
 			if (ring_wanted && chat_shared)
 				chat_shmem_ring(MyDatabaseId, recheck_wanted);
+			if (notices_wanted && chat_shared)
+				chat_shmem_ring_notices(MyDatabaseId);
 			if (check_wanted && chat_shared)
 				chat_shmem_changed(MyDatabaseId);
 			for (int i = 0; publish_wanted && i < WAIT_BUCKETS; i++)
@@ -161,6 +165,7 @@ at_transaction_end(XactEvent event, void *arg)
 			return;
 	}
 	ring_wanted = recheck_wanted = check_wanted = strays_wanted = false;
+	notices_wanted = false;
 	if (publish_wanted)
 		memset(publish_buckets, 0, sizeof(publish_buckets));
 	publish_wanted = false;
@@ -307,6 +312,8 @@ chat_shmem_attach(int index, Oid database)
 	}
 	chat_slot = slot;
 	init_slot(slot);
+	/* a worker before this one may have left some */
+	pg_atomic_write_u32(&slot->notices, 1);
 	on_shmem_exit(detach, (Datum) 0);
 	pg_atomic_write_u32(&slot->bell_database, database);
 	pg_atomic_write_u32(&slot->proc, (uint32) chat_my_proc_number() + 1);
@@ -391,6 +398,16 @@ chat_shmem_ring_progress(Oid database)
 	chat_shmem_ring(database, false);
 }
 
+/* Tells the streaming workers of a database that there are notices. */
+void
+chat_shmem_ring_notices(Oid database)
+{
+	for (int i = 0; i < chat_shared->nslots; i++)
+		if (pg_atomic_read_u32(&chat_shared->slots[i].bell_database) == database)
+			pg_atomic_write_u32(&chat_shared->slots[i].notices, 1);
+	chat_shmem_ring(database, false);
+}
+
 /* Cancels the statement of the tool worker that runs an operation. */
 void
 chat_shmem_cancel_operation(const pg_uuid_t *operation)
@@ -421,6 +438,13 @@ chat_shmem_strays_at_commit(void)
 {
 	ring_wanted = true;
 	strays_wanted = true;
+}
+
+/* Has the workers tell notices when it has committed. */
+void
+chat_shmem_notices_at_commit(void)
+{
+	notices_wanted = true;
 }
 
 /* Has the launcher look at this database when the transaction committed. */

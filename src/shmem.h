@@ -78,6 +78,7 @@ typedef struct ChatSlot
 	pg_atomic_uint32 paused;	/* the worker knows that it shall rest */
 	pg_atomic_uint32 recheck;	/* jobs were changed or deleted by others */
 	pg_atomic_uint32 strays;	/* tasks may have come without a job */
+	pg_atomic_uint32 notices;	/* listeners are to be told; see notice.c */
 	pg_atomic_uint32 progress_due;	/* a tool has reported progress */
 	ChatCounters counters;
 } ChatSlot;
@@ -150,9 +151,11 @@ extern int	chat_shmem_live(Oid database, int64 *identities);
 extern void chat_shmem_changed(Oid database);
 extern void chat_shmem_ring(Oid database, bool recheck);
 extern void chat_shmem_ring_progress(Oid database);
+extern void chat_shmem_ring_notices(Oid database);
 extern void chat_shmem_cancel_operation(const pg_uuid_t *operation);
 extern void chat_shmem_ring_at_commit(bool recheck);
 extern void chat_shmem_strays_at_commit(void);
+extern void chat_shmem_notices_at_commit(void);
 extern void chat_shmem_check_at_commit(void);
 extern uint64 chat_shmem_wait_prepare(const pg_uuid_t *task);
 extern void chat_shmem_wait_cancel(const pg_uuid_t *task);

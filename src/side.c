@@ -21,6 +21,7 @@
 #include "utils/resowner.h"
 
 #include "db.h"
+#include "notice.h"
 #include "side.h"
 #include "shmem.h"
 #include "stream.h"
@@ -549,11 +550,14 @@ chat_side_check_time(int64 now)
 
 /* ---------- results ---------- */
 
-/* When results can be stored, or jobs find room that were refused. */
+/*
+ * When results can be stored, jobs may find room that were refused, or there
+ * is a notice to be told.
+ */
 int64
 chat_side_due(void)
 {
-	int64		due = look_at;
+	int64		due = Min(look_at, chat_notice_due());
 	dlist_iter	iter;
 
 	dlist_foreach(iter, &sides)
@@ -578,7 +582,7 @@ drop(ChatSide *s, int64 holder)
 	return true;
 }
 
-/* Stores the results. */
+/* Stores the results, and tells the notices. */
 void
 chat_side_store(int64 holder)
 {
@@ -599,6 +603,8 @@ chat_side_store(int64 holder)
 		if (!s->stored)
 			s->store_at = now + MAX_DELAY;
 	}
+	chat_notice_tell();
+	MemoryContextSwitchTo(caller);
 }
 
 /* Forgets what is stored; what was not is tried again later. */
@@ -608,6 +614,7 @@ chat_side_stored(bool committed)
 	int64		now = chat_stream_clock();
 	dlist_mutable_iter iter;
 
+	chat_notice_told(committed);
 	/* the claim that follows finds the jobs, if there still are any */
 	if (look_at <= now)
 		look_at = PG_INT64_MAX;

@@ -135,7 +135,10 @@ CHAT_STMT(lock_task_session,
 CHAT_STMT(session_of_task,
 		  "SELECT session_id FROM chat.chat_task WHERE id = $1", UUIDOID);
 
-/* $1 task: ends it if it waits behind others, else asks its worker to */
+/*
+ * $1 task, $2 database: ends it if it waits behind others, and leaves notice
+ * to its listeners; else asks its worker to
+ */
 CHAT_STMT(cancel_task,
 		  "WITH job AS ("
 		  " UPDATE chat.chat_job SET cancel = true, run_at = '-infinity'"
@@ -150,9 +153,15 @@ CHAT_STMT(cancel_task,
 		  " WHERE id = $1 AND status = 'queued' AND NOT EXISTS"
 		  "  (SELECT FROM chat.chat_job AS j WHERE j.task_id = $1"
 		  "   AND j.session_id = chat_task.session_id)"
-		  " RETURNING id)"
-		  " SELECT id::text FROM job UNION ALL SELECT id::text FROM task",
-		  UUIDOID);
+		  " RETURNING id, session_id"
+		  "), notice AS ("
+		  " INSERT INTO chat.chat_job (kind, session_id, task_id, owner,"
+		  "  database)"
+		  " SELECT 'notice', s.id, task.id, s.owner, $2 FROM task"
+		  " JOIN chat.chat_session AS s ON s.id = task.session_id)"
+		  " SELECT id::text, false FROM job"
+		  " UNION ALL SELECT id::text, true FROM task",
+		  UUIDOID, OIDOID);
 
 /*
  * $1 task that was put aside: what it was asked, and whether the newest
@@ -464,7 +473,10 @@ chat_cancel_task(PG_FUNCTION_ARGS)
 		if (chat_db_exec(&lock_task_session, values, NULL) > 0)
 		{
 			values[0] = PG_GETARG_DATUM(0);
+			values[1] = ObjectIdGetDatum(MyDatabaseId);
 			ended = chat_db_exec(&cancel_task, values, NULL) > 0;
+			if (ended && chat_db_bool(0, 2))
+				chat_shmem_notices_at_commit();
 			chat_shmem_publish_at_commit(PG_GETARG_UUID_P(0));
 		}
 	}

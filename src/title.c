@@ -23,6 +23,7 @@
 
 #include "context.h"
 #include "db.h"
+#include "event.h"
 #include "json.h"
 #include "jsonbuf.h"
 #include "server.h"
@@ -36,6 +37,8 @@
 #define MAX_TOKENS 20
 #define MAX_LENGTH 50
 #define PRIORITY "10"
+/* after so many failures to store one nobody is told of it */
+#define MAX_LOUD 3
 
 #define INSTRUCTION \
 	"Write a title for a conversation that begins with the user's message: " \
@@ -320,7 +323,9 @@ store(ChatSide *side, int64 holder)
 	values[2] = Int64GetDatum(holder);
 	values[3] = title ? CStringGetTextDatum(title) : (Datum) 0;
 	chat_db_exec(&store_title, values, title ? "    " : "   n");
-	if (chat_db_bool(0, 1))
+	/* the title is there, told or not */
+	if (chat_db_bool(0, 1) && side->tries < MAX_LOUD &&
+		!chat_event_queue_full())
 		notify(side, title);
 	if (chat_db_bool(0, 2))
 		chat_side_count(side, "title");

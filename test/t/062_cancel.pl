@@ -111,6 +111,47 @@ is_deeply(
 	[ map { $_->{payload}{type} } rows($node,
 			"SELECT payload FROM chat.wait_task_events('$task', 0, '30 s')") ],
 	[ 'start', 'abort' ], 'those that wait, too');
+@events = $listener->turn($task);
+is_deeply([ map { $_->{type} } @events ], [ 'start', 'abort' ],
+	'and so do its listeners');
+is_deeply(\@events, [ stored_events($node, $task) ], 'P3: what was notified is stored');
+is_deeply([ map { $_->{seq} } @events ], [ 1, 2 ], 'with its numbers');
+is($events[0]{messageId},
+	row($node, "SELECT answer_id FROM chat.chat_task WHERE id = '$task'")->{answer_id},
+	'of the message that never came');
+
+# the same when the worker goes before it can tell, and when somebody holds the session
+my @more = map { ask($node, $id, "never $_") } 1 .. 3;
+$pid = wait_for_worker($node);
+pause_worker($node, $pid);
+ok(cancel($more[0]), 'a queued task is cancelled while the worker stands still');
+kill 'TERM', $pid;
+kill 'CONT', $pid;
+wait_gone($pid);
+is_deeply([ map { $_->{type} } $listener->turn($more[0]) ], [ 'start', 'abort' ],
+	'the next worker tells its listeners');
+$fake->wait_at_gate('d');
+$pid = wait_for_worker($node);
+pause_worker($node, $pid);
+ok(cancel($more[1]), 'another one');
+$holder = session($node);
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT FROM chat.chat_session WHERE id = '$id' FOR UPDATE");
+kill 'CONT', $pid;
+my $elsewhere = ask($node, create_session($node)->{id}, 'elsewhere [[tokens=1]]');
+wait_for_task($node, $elsewhere);
+is(scalar(stored_events($node, $more[1])), 0, 'nobody is told while somebody holds its session');
+$holder->query_safe('COMMIT');
+$holder->quit;
+is_deeply([ map { $_->{type} } $listener->turn($more[1]) ], [ 'start', 'abort' ], 'then they are');
+$node->safe_psql('postgres', "BEGIN; SELECT chat.cancel_task('$more[2]'); PREPARE TRANSACTION 'cancel'");
+is(row($node, "SELECT status FROM chat.chat_task WHERE id = '$more[2]'")->{status}, 'queued',
+	'a cancel that is prepared');
+$node->safe_psql('postgres', "COMMIT PREPARED 'cancel'");
+is_deeply([ map { $_->{type} } $listener->turn($more[2]) ], [ 'start', 'abort' ],
+	'is told when it is committed');
+wait_for($node, "SELECT count(*) = 0 FROM chat.chat_job WHERE kind = 'notice'");
+pass('no notice is left');
 $fake->open_gate('d');
 is(wait_for_task($node, $first)->{status}, 'completed', 'the first one goes on');
 unlike(encode(messages($id)), qr/never/, 'its message never came to be');

@@ -76,8 +76,10 @@ sub drain
 sub ended
 {
 	my ($what, $task, $status, $roles, $text) = @_;
+	my $row = wait_for_task($node, $task);
 
-	is(wait_for_task($node, $task)->{status}, $status, "$what: $status");
+	is_deeply([ $row->{status}, $row->{error} && $row->{error}{code} ],
+		[ $status, $status eq 'cancelled' ? 'cancelled' : undef ], "$what: $status");
 	one_end($node, $task, $what);
 	is(messages($node, $task), $roles, "$what: its messages");
 	is(text_of(stored_events($node, $task)), $text, "$what: its text");
@@ -106,6 +108,15 @@ wait_for($node, "SELECT count(*) > 0 FROM chat.chat_event WHERE task_id ="
 is($node->safe_psql('postgres', "SELECT chat.cancel_task('$cancel')"),
 	't', 'a cancel');
 ended('a cancel', $cancel, 'cancelled', 'user assistant', 't0 t1 ');
+my $holds = ask($node, $session->{id}, 'holds [[tokens=2 gateat=1:w]]');
+$fake->wait_at_gate('w');
+my $queued = ask($node, $session->{id}, 'queued');
+is($node->safe_psql('postgres', "SELECT chat.cancel_task('$queued')"),
+	't', 'a cancel of a queued task');
+wait_for($node, "SELECT count(*) = 2 FROM chat.chat_event WHERE task_id = '$queued'");
+ended('a cancel of a queued task', $queued, 'cancelled', '', '');
+$fake->open_gate('w');
+ended('the one before it', $holds, 'completed', 'user assistant', 't0 t1 ');
 my $crash = ask($node, $session->{id}, 'crash [[tokens=6 gateat=3:v]]');
 $fake->wait_at_gate('v');
 my $pid = wait_for_worker($node);
@@ -122,7 +133,7 @@ like(slurp_file($node->logfile, $log),
 	$real ? qr/./ : qr/the notification queue is full/, 'a warning says so');
 my %told = map { $_->{event}{taskId} => 1 } $listener->pending;
 ok(!$told{$_}, 'nobody was told what could not be told')
-  foreach $new, $call, $cancel;
+  foreach $new, $call, $cancel, $queued;
 drain();
 my $last = ask($node, $session->{id}, 'last [[tokens=2]]');
 is_deeply(
