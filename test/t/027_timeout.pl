@@ -125,6 +125,7 @@ my $brief = chat_cluster('brief', conf => <<'EOF');
 chat.connect_timeout = 50ms
 chat.first_token_timeout = 300ms
 chat.idle_timeout = 100ms
+chat.stream_timeout = 800ms
 chat.max_retries = 1
 chat.retry_base_delay = 1ms
 EOF
@@ -138,5 +139,7 @@ $brief->safe_psql('postgres', server_sql($deaf, name => 'deaf'));
 $turn = turn_of($brief,
 	ask($brief, create_session($brief, server => 'deaf')->{id}, 'hi'));
 is($turn->{error}{code}, 'connect_timeout', 'chat.connect_timeout');
+($turn) = run_turns($brief, '[[tokens=100000 delay=10]]');
+is($turn->{error}{code}, 'stream_timeout', 'chat.stream_timeout');
 
 done_testing();

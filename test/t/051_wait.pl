@@ -89,8 +89,31 @@ do
 } while (hex(substr $noise, -2) == hex(substr $task, -2));
 is_deeply([ $utime->(), $switches->() ],
 	\@before, 'waiting takes no CPU, whatever others stream');
+# nor do many readers cost the worker anything: they do not wake it
+my $worker = wait_for_worker($node);
+my $worker_switches = sub {
+	return slurp_file("/proc/$worker/status") =~ /^voluntary_ctxt_switches:\s*(\d+)/m
+	  ? $1 : die;
+};
+my $seen = '';
+wait_for($node, "SELECT xact_start IS NULL FROM pg_stat_activity WHERE pid = $worker");
+until ($worker_switches->() eq $seen)
+{
+	$seen = $worker_switches->();
+	$node->safe_psql('postgres', 'SELECT pg_sleep(0.05)');
+}
+my @readers = map { start_query("SELECT payload->>'type' FROM chat.wait_task_events('$task', $last)") } 1 .. 20;
+wait_for($node, "SELECT count(*) = 21 FROM pg_stat_activity WHERE query LIKE '%wait_task_events%'"
+	  . " AND pid <> pg_backend_pid() AND wait_event_type = 'Extension'");
+$node->safe_psql('postgres', <<"EOF");
+SELECT count(chat.sse('$task', n % 3)), count(chat.task_snapshot('$task')),
+	sum((SELECT count(*) FROM chat.get_task_events('$task')))
+FROM generate_series(1, 300) AS n
+EOF
+is($worker_switches->(), $seen, 'many readers cost the worker nothing');
 $fake->open_gate('mid');
 like(finish_query($query), qr/^text-delta/, 'it returns what came');
+is(scalar(grep { finish_query($_) =~ /^text-delta/ } @readers), 20, 'to each of them');
 wait_for_task($node, $task);
 
 # the end

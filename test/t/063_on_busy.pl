@@ -88,7 +88,7 @@ foreach my $state (sort keys %busy)
 		else
 		{
 			is_deeply(\@sent, [ 'user: before [[text=yes]]', 'assistant: yes', 'user: new [[text=done]]' ],
-				'the model sees nothing of them');
+				'T47: the model sees nothing of them');
 			is_deeply(
 				messages($id),
 				[ 'user: before [[text=yes]]', 'assistant: yes', 'user: new [[text=done]]', 'assistant: done' ],

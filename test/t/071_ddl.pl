@@ -121,8 +121,8 @@ gone($what, $session);
 $by->check($what, undisturbed => 1);
 
 $what = 'TRUNCATE of the sessions';
+$by = ChatTest::Bystander->new($node, $fake, gate => 'by2', db => make_database('by2'));
 ($task, $session) = start_victim();
-my $other = create_session($node)->{id};
 my $queued = ask($node, $session, 'behind [[tokens=1]]');
 $aborts = $fake->stats->{aborted};
 my $pid = wait_for_worker($node);
@@ -132,16 +132,31 @@ gone($what, $session);
 is(row($node, 'SELECT count(*) FROM chat.chat_job')->{count}, 0,
 	"$what: no job is left");
 is(wait_for_worker($node), $pid, "$what: the worker goes on");
+$by->check($what, undisturbed => 1);
+
+$what = 'TRUNCATE of the tasks';
+$by = ChatTest::Bystander->new($node, $fake, gate => 'by2', db => 'by2');
+($task, $session) = start_victim();
+$queued = ask($node, $session, 'behind [[tokens=1]]');
+$node->safe_psql('postgres', 'TRUNCATE chat.chat_task CASCADE');
+$fake->open_gate('v');
+wait_for($node, 'SELECT open_streams = 0 FROM chat.worker_status()');
+is(row($node, "SELECT (SELECT count(*) FROM chat.chat_task) + (SELECT count(*) FROM chat.chat_job) AS n")->{n},
+	0, "$what: nothing of it is left to be done");
+my $next = ask($node, $session, 'next [[tokens=1]]');
+ended("$what, the next turn", $next, 'completed', undef, 'user assistant');
+is(wait_for_worker($node), $pid, "$what: the worker goes on");
+$by->check($what, undisturbed => 1);
 
 $what = 'TRUNCATE of the jobs';
-$by = ChatTest::Bystander->new($node, $fake, gate => 'by2', db => make_database('by2'));
+$by = ChatTest::Bystander->new($node, $fake, gate => 'by2', db => 'by2');
 ($task, $session) = start_victim();
 $aborts = $fake->stats->{aborted};
 $node->safe_psql('postgres', 'TRUNCATE chat.chat_job');
 aborted($what, $aborts);
 is(row($node, "SELECT count(*) FROM chat.chat_message WHERE task_id = '$task'")
 	  ->{count}, 1, "$what: what was stored stays");
-my $next = ask($node, create_session($node)->{id}, 'next [[tokens=1]]');
+$next = ask($node, create_session($node)->{id}, 'next [[tokens=1]]');
 is(wait_for_task($node, $next)->{status}, 'completed',
 	"$what: other sessions go on");
 ended($what, $task, 'failed', 'restored', 'user');
