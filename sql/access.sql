@@ -35,7 +35,7 @@ GRANT regress_chat_team TO regress_chat_member;
 \set s3 '''00000000-0000-4000-8000-000000000003'''
 \set none '''00000000-0000-4000-8000-00000000dead'''
 
--- nothing is granted to anybody; monitoring roles see figures
+-- nothing is granted to anybody (T63); monitoring roles see figures
 SELECT count(*) AS usage_of_schema
 FROM pg_namespace AS n, aclexplode(n.nspacl) AS a
 WHERE n.nspname = 'chat'
@@ -152,7 +152,7 @@ SELECT count(*) FROM chat.chat_session WHERE pg_temp.leak(title);
 SELECT count(*) FROM chat.chat_message WHERE pg_temp.leak(content);
 RESET ROLE;
 
--- planting: a trigger, a rule, a default, an index expression, a policy, ...
+-- planting (T15): a trigger, a rule, a default, an index expression, a policy, ...
 CREATE SCHEMA mallory AUTHORIZATION regress_chat_mallory;
 SET ROLE regress_chat_mallory;
 CREATE FUNCTION mallory.note() RETURNS trigger LANGUAGE plpgsql AS
@@ -171,7 +171,7 @@ SELECT s, r.state, r.message FROM unnest(ARRAY[
 	'CREATE TABLE mallory.ref (id uuid REFERENCES chat.chat_session)',
 	'CREATE CAST (text AS jsonb) WITH FUNCTION mallory.note(text) AS IMPLICIT']) AS s,
 	LATERAL raised(s) AS r;
--- ... operators, functions, types, casts and tables that come first in the path
+-- (T16) ... operators, functions, types, casts and tables that come first in the path
 CREATE FUNCTION mallory.eq(uuid, uuid) RETURNS boolean LANGUAGE plpgsql AS
 $$ BEGIN INSERT INTO public.caught VALUES (current_user, 'operator'); RETURN true; END $$;
 CREATE FUNCTION mallory.eq(text, text) RETURNS boolean LANGUAGE plpgsql AS
@@ -302,7 +302,7 @@ WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype = 'a'
 	AND d.refobjid = 'regress_chat_ann'::regrole
 	AND d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database());
 
--- privileges that the installer gives away by default are not given away
+-- privileges that the installer gives away by default are not given away (T63)
 ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO regress_chat_nobody;
 ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO regress_chat_nobody;
 ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO regress_chat_nobody;

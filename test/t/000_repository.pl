@@ -79,4 +79,36 @@ my @elsewhere = grep {
 } glob 'src/*.[ch]';
 is_deeply(\@elsewhere, [], 'versions are told apart in compat.h only');
 
+# the fake endpoint, the load generator and their kin share no source with us
+my @shared = grep { slurp_file($_) =~ /^\s*#\s*include\s+"(?!unit\/)/m }
+  glob 'test/*.c';
+is_deeply(\@shared, [], 'programs of the tests include no file of ours');
+my ($rule) = slurp_file('Makefile') =~ /^\$\(TOOLS\): (.*\n(?:\t.*\n)+)/m;
+ok($rule && $rule !~ /src|OBJS/, 'nor are they built with one');
+
+# T70: a test waits for a state, not for a time, and counts what it asserts
+my %allowed = (
+	'test/t/037_p9_idle.pl' => 'nothing happens for ten seconds',
+	'test/t/051_wait.pl' => 'polls',
+	'test/t/086_tool_chaos.pl' => 'the moment of a kill is random');
+my (@sleepers, @open);
+foreach my $file (glob 'test/t/*.pl')
+{
+	my $source = slurp_file($file);
+	push @sleepers, $file
+	  if $source =~ /^(?!\s*#).*(?:\bselect undef, undef, undef|^\s*(?:\w+::)*sleep\b)/m
+	  && !$allowed{$file} && $file !~ /000_repository/;
+	push @open, $file unless $source =~ /^done_testing\(\);$/m;
+}
+is_deeply(\@sleepers, [], 'T70: no test sleeps');
+is_deeply(\@open, [], 'T70: every test counts its assertions at its end');
+
+# every promise and every trap has a test that is named after it
+my $tests = join '', map { slurp_file($_) } glob('test/t/*.pl'),
+  glob('sql/*.sql'), glob('test/isolation/specs/*.spec');
+is_deeply([ grep { $tests !~ /\b$_\b/ } map { "P$_" } 1 .. 10 ],
+	[], 'every promise has a test');
+is_deeply([ grep { $tests !~ /\b$_\b/ } map { "T$_" } 1 .. 70 ],
+	[], 'every trap has a test');
+
 done_testing();

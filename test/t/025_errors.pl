@@ -16,7 +16,8 @@ my $fake = start_fake();
 my $node = chat_cluster('main', conf => 'chat.max_body_size = 64kB');
 create_server($node, $fake, retries => 0, key => $key);
 
-# directive, code, status, retryable, what the text says
+# directive, code, status, retryable, what the text says; hugebody and hugeline
+# are answers without a bound (T62)
 my @cases = (
 	[ 'status=401', 'authentication_failed', 401, 0, qr/Incorrect API key/ ],
 	[ 'status=403 errmsg=no%20access', 'authentication_failed', 403, 0,

@@ -82,7 +82,7 @@ foreach my $directive (sort keys %large)
 
 	$task = ask($node, create_session($node)->{id}, "[[$directive]]");
 	is(wait_for_task($node, $task)->{status},
-		$status, "P10: an answer of chat.max_body_size, $label: $status");
+		$status, "P10, T62: an answer of chat.max_body_size, $label: $status");
 	my $sizes = row($node, <<"EOS");
 SELECT t.error->>'code' AS code, length(m.content) AS size,
 	(m.metadata->'interrupted')::bool AS interrupted,

@@ -82,7 +82,7 @@ foreach my $state (sort keys %busy)
 		{
 			like($sent[2], qr/^user: old/, 'the model sees the question');
 			like($sent[-2], qr/^user: queued/, 'and the one behind it');
-			like(join('|', @sent), qr/t0 t1 /, 'and the partial answer')
+			like(join('|', @sent), qr/t0 t1 /, 'T47: and the partial answer')
 			  if $state eq 'streaming';
 		}
 		else

@@ -216,7 +216,7 @@ like($row->{error}{message}, qr/server "brief" does not exist/,
 	"$what: the next turn says why it failed");
 $by->check($what, undisturbed => 1);
 
-$what = 'DROP ROLE of an owner';
+$what = 'T69: DROP ROLE of an owner';
 $node->safe_psql('postgres',
 	'CREATE ROLE brief; SELECT chat.grant_usage(\'brief\');'
 	  . 'GRANT USAGE ON FOREIGN SERVER fake TO brief');

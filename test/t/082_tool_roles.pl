@@ -94,7 +94,7 @@ is_deeply(
 		'ok ann ann off', '42501', '42501', '42501', '42501', 'ok', 'ok', 'ok ann ann off',
 		'42501', '42501', '42501', '42501', '25001', '42501', '55P02'
 	],
-	'a tool is its role and becomes nobody else');
+	'T17: a tool is its role and becomes nobody else');
 
 # what belongs to somebody else
 is_deeply(
@@ -117,7 +117,7 @@ is_deeply(
 		'42501', 'ok 0', 'ok', 'ok 0', 'ok', 'P0002', 'ok false', 'P0002', 'ok 0', '42501', '42501', '42501',
 		'42501', '42501', '42501', '42501', 'ok nothing'
 	],
-	'other owners are as if they were not there');
+	'T17: other owners are as if they were not there');
 
 # what it leaves for others to fall over: objects that hide the built-in ones
 my @traps = (
@@ -137,7 +137,7 @@ my @results = try('ann', 'query',
 is_deeply(\@results, [ '1', 'ann, pg_catalog, chat' ], 'its tools run with its own settings');
 is_deeply([ try('bob', 'query', 'SELECT 1', "SELECT current_setting('search_path')") ],
 	[ '1', '"$user", public' ], "and others' with theirs");
-is_deeply([ rows($node, 'SELECT who FROM ann.trap') ], [], 'nobody has stepped into a trap');
+is_deeply([ rows($node, 'SELECT who FROM ann.trap') ], [], 'T16, T17: nobody has stepped into a trap');
 $node->safe_psql('postgres', 'ALTER ROLE ann RESET ALL');
 
 # a member of a role runs that role's tools as that role, not as itself

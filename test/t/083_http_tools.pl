@@ -209,13 +209,13 @@ foreach my $tool ('may_repeat', 'must_not')
 	my $result = told($turn);
 	if ($tool eq 'may_repeat')
 	{
-		ok(!ref $result, '  an idempotent call runs again');
+		ok(!ref $result, '  T25: an idempotent call runs again');
 		is(scalar(requests()), 2, '  by one request more');
 	}
 	else
 	{
 		is_deeply($result, [ 'tool_unknown_outcome', 'Tool must_not failed: outcome unknown, it was interrupted' ],
-			'  the outcome of any other is unknown');
+			'  T25: the outcome of any other is unknown');
 		is(scalar(requests()), 1, '  and it is not asked again');
 	}
 	sound($turn, $node, "$tool after a crash");

@@ -233,7 +233,7 @@ is(complete($operations[1], q('{"n": 2}')), 'completed', 'the second ends');
 $turn = turn_of($node, $task);
 is_deeply([ map { $_->{shown} } calls($node, $task) ], [ '{"n": 1}', '{"n": 2}', '{"n": 3}', 'at once' ],
 	'all results in their places');
-is($turn->{steps}, 2, 'one continuation');
+is($turn->{steps}, 2, 'T55: one continuation');
 sound($turn, $node, 'accepted');
 
 #

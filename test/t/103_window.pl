@@ -108,8 +108,8 @@ is($t->{compaction}, 'truncated', 'without summaries the oldest messages are lef
 cmp_ok($t->{context_tokens}, '<=', 1800, 'until it fits');
 cmp_ok($t->{context_tokens}, '>', 1600, 'and no more than that');
 my @m = sent();
-is($m[0]{content}, 'SYSTEM ', 'the system prompt stays');
-like($m[-1]{content}, qr/the question/, 'so does the question');
+is($m[0]{content}, 'SYSTEM ', 'T56: the system prompt stays');
+like($m[-1]{content}, qr/the question/, 'T56: so does the question');
 like($m[-2]{content}, qr/^Message number 48/, 'and what came just before');
 unlike($m[1]{content}, qr/^Message number 1\./, 'the first messages are gone');
 
@@ -121,7 +121,7 @@ append($s, [ 'user', 'THE QUESTION' ],
 $t = wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.stream_chat_completion('$s')"));
 is($t->{status}, 'completed', 'a long task goes on');
 @m = sent();
-is($m[0]{content}, 'THE QUESTION', 'its question is still there');
+is($m[0]{content}, 'THE QUESTION', 'T56: its question is still there');
 is($m[1]{role}, 'assistant', 'whole steps follow');
 is($m[-1]{tool_call_id}, 'k30', 'the last result, too');
 
@@ -158,7 +158,7 @@ like($m[0]{content}, qr{^<conversation_summary>.*not an instruction.*RECAP\n</co
 like($m[1]{content}, qr/^Message number 2[2-6]\./, 'the newest messages follow');
 is(scalar(grep { $_->{role} eq 'user' && $_->{content} =~ /go on/ } @m), 1, 'and the question');
 my $row = row($node, "SELECT summary, summary_sequence, (SELECT count(*) FROM chat.chat_message WHERE session_id = s.id) AS n FROM chat.chat_session AS s WHERE id = '$s'");
-is($row->{summary}, 'RECAP', 'the summary is stored');
+is($row->{summary}, 'RECAP', 'T56: the summary is stored');
 is($row->{n}, 50, 'beside all messages');
 my $reach = $row->{summary_sequence};
 
