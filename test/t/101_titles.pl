@@ -117,6 +117,8 @@ is(title(titled('Garbage [[for=title html=1]] ' . 'word ' x 20)),
 my $t = create_session($node)->{id};
 wait_for_task($node, ask($node, $t, 'race [[for=title gatehead=race text=Gated%20Title]]'));
 $fake->wait_at_gate('race');
+is($node->safe_psql('postgres', "SELECT priority > 0 FROM chat.chat_job WHERE kind = 'title'"), 't',
+	'a title comes after all that somebody waits for');
 $node->safe_psql('postgres', "SELECT chat.update_session_title('$t', 'By hand')");
 $fake->open_gate('race');
 settled();

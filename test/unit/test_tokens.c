@@ -134,7 +134,8 @@ walk(int first, int n, int tokenizer, double uncorrected, double corrected)
 		last_count = count;
 	}
 	raw = 100.0 * ((double) estimate - count) / count;
-	printf("# %-8s %-7s %5ld tokens: alone %+6.1f %%, in the session at most %+6.1f %%\n",
+	/* on stderr, which is shown also when all is well */
+	fprintf(stderr, "# %-8s %-7s %5ld tokens: alone %+6.1f %%, in the session at most %+6.1f %%\n",
 		   name, tokenizers[tokenizer], count, raw, worst);
 	ok(fabs(raw) <= uncorrected, "%s, %s: the estimate alone is within %.0f %%",
 	   name, tokenizers[tokenizer], uncorrected);
