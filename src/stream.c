@@ -536,6 +536,18 @@ trim_buffer(ChatTransfer *t)
 
 /* ---------- the end ---------- */
 
+/*
+ * True if the endpoint has worked on a request that it did not count: one
+ * that was refused has cost nothing, one that we left has.
+ */
+static bool
+has_cost(const ChatStream *s, const ChatEnd *end)
+{
+	return s->content_seen || end->kind == CHAT_END_CANCELLED ||
+		s->failure == CHAT_ERROR_FIRST_TOKEN_TIMEOUT ||
+		s->failure == CHAT_ERROR_STREAM_TIMEOUT;
+}
+
 /* Says what was used, by the endpoint's word or by a guess. */
 static void
 settle_usage(ChatStream *s, ChatEnd *end)
@@ -548,10 +560,8 @@ settle_usage(ChatStream *s, ChatEnd *end)
 
 	for (int i = 0; i < s->ntools; i++)
 		bytes += s->tools[i].arguments.len;
-	/* a request that was refused has cost nothing, one that we left has */
 	end->prompt_tokens = s->has_usage && u->prompt >= 0 ? u->prompt :
-		s->content_seen || end->kind == CHAT_END_CANCELLED
-		? s->prompt_estimate : 0;
+		has_cost(s, end) ? s->prompt_estimate : 0;
 	end->completion_tokens = s->has_usage && u->completion >= 0
 		? u->completion : (bytes + BYTES_PER_TOKEN - 1) / BYTES_PER_TOKEN;
 	initStringInfo(&json);

@@ -53,9 +53,16 @@ CHAT_STMT(queue_summary,
 		  "  WHERE j.session_id = $1 AND j.kind = 'summary')",
 		  UUIDOID, UUIDOID, TEXTOID, OIDOID, OIDOID, INT8OID);
 
+/* the text of a message chat.chat_message AS m; pictures are named only */
+#define TEXT \
+	" COALESCE(m.content, m.refusal, (SELECT string_agg(CASE p.part->>'type'" \
+	"  WHEN 'text' THEN p.part->>'text'" \
+	"  ELSE '[' || (p.part->>'type') || ']' END, ' ' ORDER BY p.n)" \
+	"  FROM jsonb_array_elements(m.parts) WITH ORDINALITY AS p (part, n))) "
+
 /* $1 session, $2 reach, $3 messages: the oldest first */
 CHAT_STMT(load_summary,
-		  "SELECT m.role, left(COALESCE(m.content, m.refusal, m.parts::text),"
+		  "SELECT m.role, left(" TEXT ","
 		  "   CASE WHEN m.role IN ('tool', 'function')"
 		  "    THEN " CppAsString2(MAX_OUTPUT)
 		  "    ELSE " CppAsString2(MAX_MESSAGE) " END),"

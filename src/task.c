@@ -29,6 +29,7 @@
 #include "session.h"
 #include "shmem.h"
 #include "task.h"
+#include "title.h"
 #include "usage.h"
 
 /* how long ask() waits before it looks whether a worker lives, in ms */
@@ -431,7 +432,11 @@ chat_task_queue(const ChatScope *scope, const ChatCall *c)
 		adding_task = false;
 	}
 	PG_END_TRY();
-	return chat_db_uuid(0, 1);
+	task = chat_db_uuid(0, 1);
+	/* the worker asks for one when it takes up a message of a call */
+	if (c->message == NULL)
+		chat_title_want(c->session, server, owner);
+	return task;
 }
 
 /* stream_chat_completion: queues a turn, returns its task. */

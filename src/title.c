@@ -67,6 +67,18 @@ CHAT_STMT(queue_titles,
 		  "  WHERE o.session_id = u.session AND o.kind = 'title')",
 		  UUIDARRAYOID, TEXTARRAYOID, OIDARRAYOID, OIDOID);
 
+/* $1 session, $2 server, $3 owner, $4 database */
+CHAT_STMT(queue_title,
+		  "INSERT INTO chat.chat_job (kind, session_id, server, owner,"
+		  "  database, priority, input)"
+		  " SELECT 'title', s.id, $2::name, $3, $4, " PRIORITY ", '{}'"
+		  " FROM chat.chat_session AS s WHERE s.id = $1 AND s.title IS NULL"
+		  " AND EXISTS (SELECT FROM chat.chat_message AS m"
+		  "  WHERE m.session_id = $1 AND m.role = 'user')"
+		  " AND NOT EXISTS (SELECT FROM chat.chat_job AS o"
+		  "  WHERE o.session_id = $1 AND o.kind = 'title')",
+		  UUIDOID, TEXTOID, OIDOID, OIDOID);
+
 /* CHAT_VISIBLE: locks the session */
 CHAT_STMT(lock_session,
 		  "SELECT s.owner::oid, s.server::text FROM chat.chat_session AS s"
@@ -151,6 +163,21 @@ chat_title_queue(const ChatJob *jobs, int njobs)
 	CHAT_DB_COLUMN(chat_oids, ObjectIdGetDatum(wanted[i]->owner));
 	params[at] = ObjectIdGetDatum(MyDatabaseId);
 	return chat_db_exec(&queue_titles, params, NULL) > 0;
+}
+
+/*
+ * In a caller's transaction: asks for a title where the question came before
+ * the call that answers it.
+ */
+void
+chat_title_want(const pg_uuid_t *session, const char *server, Oid owner)
+{
+	Datum		values[4] = {UUIDPGetDatum(session),
+		CStringGetTextDatum(server), ObjectIdGetDatum(owner),
+	ObjectIdGetDatum(MyDatabaseId)};
+
+	if (generate_titles)
+		chat_db_exec(&queue_title, values, NULL);
 }
 
 /* generate_session_title: true if a title was asked for. */

@@ -22,4 +22,11 @@ extern void chat_title_init(void);
  */
 extern bool chat_title_queue(const ChatJob *jobs, int n);
 
+/*
+ * In a caller's transaction: queues a title for a session that needs one and
+ * has its question already.
+ */
+extern void chat_title_want(const pg_uuid_t *session, const char *server,
+							Oid owner);
+
 #endif							/* CHAT_TITLE_H */

@@ -88,6 +88,24 @@ is(title_requests(), 1, 'a titled session asks no more');
 titled('hello [[tokens=1]]', title => 'Mine');
 is(title_requests(), 1, 'nor does one that came with a title');
 
+# a question that came before the call, or instead of another
+my $before = create_session($node)->{id};
+$node->safe_psql('postgres', "SELECT chat.add_chat_message('$before', 'user', 'by hand [[tokens=1]] [[for=title text=By%20hand]]')");
+wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.stream_chat_completion('$before')"));
+settled();
+is(title($before), 'By hand', 'a question that was there already');
+$node->safe_psql('postgres', "UPDATE chat.chat_session SET title = NULL WHERE id = '$before'");
+wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.edit_message('$before', 1, 'changed [[tokens=1]] [[for=title text=Changed]]')"));
+settled();
+is(title($before), 'Changed', 'one that is edited');
+my $asked = title_requests();
+wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.regenerate('$before')"));
+my $greeting = create_session($node)->{id};
+$node->safe_psql('postgres', "SELECT chat.add_chat_message('$greeting', 'assistant', 'hello')");
+wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.stream_chat_completion('$greeting')"));
+settled();
+is(title_requests(), $asked, 'no title without need, or without a question');
+
 # cleaning
 my @cases = (
 	[ '  "Quoted  Title"%0A', 'Quoted Title' ],

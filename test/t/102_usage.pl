@@ -73,6 +73,9 @@ is((usage('max'))[0]{estimated}, JSON::PP::true, 'the view says so, too');
 my $told = turn($x, 'y [[tokens=20 cutafter=10 usage=first prompt_tokens=77 completion_tokens=3 cached=8]]');
 is_deeply([ @$told{qw(status prompt_tokens completion_tokens)}, @{ $told->{usage} }{qw(cached_tokens estimated)} ],
 	[ 'failed', 77, 3, 8, undef ], 'unless the endpoint has told');
+my $mute = turn(create_session($node)->{id}, 'y [[hang=1]]', options => '{"first_token_timeout": 0.2}');
+is_deeply([ $mute->{status}, $mute->{prompt_tokens} > 0 ? 1 : 0, $mute->{completion_tokens}, $mute->{usage}{estimated} ],
+	[ 'failed', 1, 0, JSON::PP::true ], 'an endpoint that says nothing has been asked, too');
 is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$x'"),
 	{ p => 77 + $broken->{prompt_tokens}, c => 3 + $broken->{completion_tokens} }, 'both count for the session');
 is_deeply([ map { $_->{u}{prompt_tokens} } rows($node, "SELECT metadata->'usage' AS u FROM chat.chat_message WHERE session_id = '$x' AND role = 'assistant' ORDER BY sequence") ],

@@ -250,7 +250,8 @@ is_deeply([ rows($node, "SELECT prompt_tokens > 500 AS asked, completion_tokens,
 
 # calls and their results stay together
 $s = create_session($node, server => 'summing')->{id};
-append($s, [ 'user', 'start [[text=RECAP]]' ],
+append($s,
+	[ 'user', undef, { parts => [ { type => 'text', text => 'start [[text=RECAP]]' }, { type => 'image_url', image_url => { url => 'data:image/png;base64,iVBORw0K' } } ] } ],
 	map {
 		my $n = $_;
 		([ 'assistant', "Step $n. ", { tool_calls => [ map { { id => "s$n-$_", type => 'function', function => { name => 'look', arguments => '{}' } } } 1 .. 3 ] } ],
@@ -265,6 +266,7 @@ is_deeply([ map { $_->{tool_call_id} } grep { $_->{role} eq 'tool' } @m ],
 	[ map { map { $_->{id} } @{ $_->{tool_calls} } } grep { $_->{tool_calls} } @m ], 'each call has its result');
 my ($first) = $m[1]{content} =~ /^Step (\d+)/;
 my $summed = join '', map { $_->{body}{messages}[1]{content} } summaries();
+like($summed, qr/^user: start \[\[text=RECAP\]\] \[image_url\]$/m, 'pictures are named in it');
 ok($summed =~ /result s@{[ $first - 1 ]}-3\./ && $summed !~ /result s$first-1\./, 'the summary ends where the step begins');
 
 # behind what was set aside there is nothing more to sum up
