@@ -8,6 +8,9 @@
  *		runs it through the extension: callers in pipeline mode, one listener
  *		on the channel "chat_bench"; the sessions of role "bench" use server
  *		"fake"
+ *	bench cancel CONNINFO URL SCALE
+ *		cancels streams one after the other while others go on; URL is the
+ *		endpoint's root, which tells when it has seen each client leave
  *	bench idle CONNINFO SECONDS POSTMASTER
  *	bench table FILE
  *		prints what the runs above wrote as one table, and the targets
@@ -1391,6 +1394,190 @@ run_chat(const char *conninfo, const char *name, double scale)
 	printf("\n");
 }
 
+/* ----------------------------------------------------------------- cancels */
+
+#define CANCEL_STREAMS	200
+#define CANCEL_TURNS	300		/* that are cancelled and measured */
+#define CANCEL_PAUSE	(20 * MS)	/* between two of them */
+
+/* A turn that was begun, and when its cancel was sent. */
+typedef struct Cancel
+{
+	char		task[37];
+	int64_t		sent;
+	int64_t		closed;
+} Cancel;
+
+/* What an HTTP request has answered. */
+typedef struct Answer
+{
+	char	   *data;
+	size_t		len;
+} Answer;
+
+/* Takes a piece of an answer. */
+static size_t
+take_answer(char *data, size_t size, size_t n, void *arg)
+{
+	Answer	   *a = arg;
+
+	a->data = realloc(a->data, a->len + n + 1);
+	if (a->data == NULL)
+		die("out of memory");
+	memcpy(a->data + a->len, data, n);
+	a->len += n;
+	a->data[a->len] = '\0';
+	return size * n;
+}
+
+/* Asks the endpoint something; the text is to be freed. */
+static char *
+ask_endpoint(const char *root, const char *path)
+{
+	CURL	   *easy = curl_easy_init();
+	char		url[256];
+	Answer		answer = {NULL, 0};
+
+	snprintf(url, sizeof(url), "%s%s", root, path);
+	curl_easy_setopt(easy, CURLOPT_URL, url);
+	curl_easy_setopt(easy, CURLOPT_NOPROXY, "*");
+	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, take_answer);
+	curl_easy_setopt(easy, CURLOPT_WRITEDATA, &answer);
+	if (curl_easy_perform(easy) != CURLE_OK || answer.data == NULL)
+		die("the endpoint does not answer %s", path);
+	curl_easy_cleanup(easy);
+	return answer.data;
+}
+
+/* Begins the turn of that number in a session. */
+static void
+begin_cancelled(int session, int turn, Cancel *cancel)
+{
+	char		message[64];
+	const char *values[2] = {sessions[session], message};
+	PGresult   *res;
+
+	snprintf(message, sizeof(message), "turn %d. [[tokens=100000 delay=20]]",
+			 turn);
+	res = PQexecParams(control, "SELECT chat.stream_chat_completion("
+					   "$1::uuid, $2)", 2, NULL, values, NULL, NULL, 0);
+	if (PQresultStatus(res) != PGRES_TUPLES_OK)
+		die_pg(control, "chat.stream_chat_completion");
+	snprintf(cancel->task, sizeof(cancel->task), "%s", PQgetvalue(res, 0, 0));
+	PQclear(res);
+}
+
+/* Cancels a turn: the statement is its own transaction. */
+static void
+cancel_turn(Cancel *cancel)
+{
+	const char *values[1] = {cancel->task};
+	PGresult   *res;
+
+	cancel->sent = now_ns();
+	res = PQexecParams(control, "SELECT chat.cancel_task($1)", 1, NULL,
+					   values, NULL, NULL, 0);
+	if (PQresultStatus(res) != PGRES_TUPLES_OK ||
+		strcmp(PQgetvalue(res, 0, 0), "t") != 0)
+		die_pg(control, "chat.cancel_task");
+	PQclear(res);
+}
+
+/* Waits until so many streams are open at the endpoint. */
+static void
+await_active(const char *root, long n)
+{
+	int64_t		begin = now_ns();
+	struct timespec pause = {0, 10 * MS};
+
+	for (;;)
+	{
+		char	   *stats = ask_endpoint(root, "/stats");
+		const char *at = strstr(stats, "\"active\":");
+		bool		there = at && strtol(at + 9, NULL, 10) == n;
+
+		free(stats);
+		if (there)
+			return;
+		if (now_ns() - begin > GIVE_UP)
+			die("cancel: %ld streams are not to be had", n);
+		nanosleep(&pause, NULL);
+	}
+}
+
+/* Learns from the endpoint when it has seen the clients of turns leave. */
+static void
+read_closed(const char *root, Cancel *cancels, int n)
+{
+	char	   *text = ask_endpoint(root, "/requests");
+	char	   *save = NULL;
+
+	for (char *line = strtok_r(text, "\n", &save); line;
+		 line = strtok_r(NULL, "\n", &save))
+	{
+		const char *ended = strstr(line, "\"ended_ns\":");
+		const char *turn = strstr(line, "\"turn ");
+		int			i = turn ? atoi(turn + 6) : -1;
+
+		if (ended && i >= 0 && i < n && strstr(line, "\"aborted\":true"))
+			cancels[i].closed = strtoll(ended + 11, NULL, 10);
+	}
+	free(text);
+}
+
+/*
+ * Cancels streams, and begins another for each, while the others go on.  The
+ * time is from before the statement that cancels and commits is sent to the
+ * end of the connection as the endpoint sees it: more than from the commit.
+ */
+static void
+run_cancel(const char *conninfo, const char *root, double scale)
+{
+	int			n = CANCEL_TURNS * scale < 50 ? 50 : (int) (CANCEL_TURNS * scale);
+	Cancel	   *cancels = zalloc(n + CANCEL_STREAMS, sizeof(*cancels));
+	Hist	   *times = zalloc(1, sizeof(*times));
+	struct timespec pause = {0, CANCEL_PAUSE};
+	pthread_t	thread;
+	long		lost = 0;
+
+	course.load = (Load) {.name = "cancel", .streams = CANCEL_STREAMS, .waves = 1};
+	curl_global_init(CURL_GLOBAL_DEFAULT);
+	chat_epoll = epoll_create1(EPOLL_CLOEXEC);
+	control = pg_open(conninfo, "bench");
+	create_sessions(conninfo);
+	start_listener(conninfo, &thread);
+	for (int i = 0; i < CANCEL_STREAMS; i++)
+		begin_cancelled(i, i, &cancels[i]);
+	await_active(root, CANCEL_STREAMS);
+	for (int i = 0; i < n; i++)
+	{
+		cancel_turn(&cancels[i]);
+		begin_cancelled(i % CANCEL_STREAMS, i + CANCEL_STREAMS,
+						&cancels[i + CANCEL_STREAMS]);
+		nanosleep(&pause, NULL);
+	}
+	await_active(root, CANCEL_STREAMS);
+	read_closed(root, cancels, n);
+	for (int i = 0; i < n; i++)
+	{
+		if (cancels[i].closed)
+			hist_add(times, cancels[i].closed - cancels[i].sent);
+		else
+			lost++;
+	}
+	for (int i = n; i < n + CANCEL_STREAMS; i++)
+		cancel_turn(&cancels[i]);
+	await_active(root, 0);
+	if (write(stop_pipe[1], "x", 1) != 1)
+		die("pipe: %s", strerror(errno));
+	pthread_join(thread, NULL);
+	printf("cancel chat streams=%d cancels=%d p50=%.2f p99=%.2f max=%.2f "
+		   "lost=%ld\n", CANCEL_STREAMS, n, hist_ms(times, 50),
+		   hist_ms(times, 99), hist_ms(times, 99.99), lost);
+}
+
+/* ------------------------------------------------------------------- idle */
+
 /* Returns how often the worker has gone to sleep. */
 static long
 worker_sleeps(void)
@@ -1526,6 +1713,7 @@ print_targets(void)
 	bool		w3 = figure("W3", "chat", "rate") >= 0;
 	bool		w4 = figure("W4", "chat", "rate") >= 0;
 	bool		w5 = figure("W5", "chat", "rate") >= 0;
+	bool		cancel = figure("cancel", "chat", "cancels") >= 0;
 	bool		idle = figure("idle", "chat", "seconds") >= 0;
 
 	printf("\n");
@@ -1550,6 +1738,10 @@ print_targets(void)
 	target("W4 worker memory per open stream, KB",
 		   figure("W4", "chat", "memory"), 64, false, w4);
 	target("W5 turns/s", figure("W5", "chat", "turns"), 2000, true, w5);
+	target("cancel_task to the connection's end, p99, ms",
+		   figure("cancel", "chat", "p99"), 100, false, cancel);
+	target("cancels whose connection did not end",
+		   figure("cancel", "chat", "lost"), 0, false, cancel);
 	target("idle: the worker's CPU, ms", figure("idle", "chat", "workercpu"),
 		   0, false, idle);
 	target("idle: how often the worker woke up",
@@ -1576,7 +1768,8 @@ print_table(const char *path)
 	for (int i = 0; i < NLOADS; i++)
 		print_rows(&loads[i]);
 	for (int i = 0; i < nlines; i++)
-		if (strncmp(lines[i], "idle", 4) == 0)
+		if (strncmp(lines[i], "idle", 4) == 0 ||
+			strncmp(lines[i], "cancel", 6) == 0)
 			printf("%s", lines[i]);
 	print_targets();
 	for (int i = 0; i < NLOADS; i++)
@@ -1610,6 +1803,8 @@ main(int argc, char **argv)
 		postmaster = atoi(argv[5]);
 		run_chat(argv[2], argv[3], atof(argv[4]));
 	}
+	else if (strcmp(mode, "cancel") == 0 && argc == 5)
+		run_cancel(argv[2], argv[3], atof(argv[4]));
 	else if (strcmp(mode, "idle") == 0 && argc == 5)
 	{
 		postmaster = atoi(argv[4]);

@@ -6,9 +6,10 @@
 #
 # Loads: W1 1000 streams of 200 tokens 20 ms apart, W2 100 streams of 500
 # tokens without delay, W3 one stream, W4 5000 streams 50 ms apart, W5 and W6
-# 64 sessions with turns of 1 and 10 tokens, idle a minute of nothing.  In W1
-# and W4 all streams begin together, and go on in bursts; W1s and W4s, which
-# run when named, are the same begun one after the other.
+# 64 sessions with turns of 1 and 10 tokens, cancel the time from cancel_task
+# to the end of the connection beside 200 streams, idle a minute of nothing.
+# In W1 and W4 all streams begin together, and go on in bursts; W1s and W4s,
+# which run when named, are the same begun one after the other.
 # BENCH_SCALE makes the measured times longer or shorter.  BENCH_CONF holds
 # further settings of the server.  The endpoint, the clients and the server
 # share the machine; the server is restarted before each load and commits as
@@ -79,6 +80,13 @@ run_load()
 			>>"$WORK/results"
 		return
 	fi
+	if [ "$1" = cancel ]; then
+		echo "cancel: streams are cancelled while others go on"
+		run_group "$WORK/bench" cancel "$conninfo" "${FAKE_URL%/v1}" \
+			"$BENCH_SCALE" >>"$WORK/results" ||
+			{ tail -n 20 "$WORK/run/bench.log" >&2; die "load cancel failed"; }
+		return
+	fi
 	echo "$1: bare client"
 	run_group "$WORK/bench" bare "$FAKE_URL/chat/completions" "$1" \
 		"$BENCH_SCALE" >>"$WORK/results"
@@ -104,7 +112,7 @@ ${BENCH_CONF:-}"
 prepare
 echo "$PG_VERSION, $(nproc) processors, $(sed -n \
 	's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
-[ $# -gt 0 ] || set -- W1 W2 W3 W4 W5 W6 idle
+[ $# -gt 0 ] || set -- W1 W2 W3 W4 W5 W6 cancel idle
 for load; do
 	run_load "$load" 60
 done

@@ -1313,6 +1313,7 @@ typedef struct Record
 	unsigned long n;
 	unsigned long connection;
 	int64_t		arrived;
+	int64_t		ended;			/* answered, or its client has left; 0: not yet */
 	bool		aborted;
 	bool		done;
 	int			status;
@@ -1497,6 +1498,7 @@ record_end(Conn *c, bool whole, bool aborted)
 		return;
 	c->record->done = whole;
 	c->record->aborted = aborted;
+	c->record->ended = now_ns();
 	c->record->conn = NULL;
 	c->record = NULL;
 }
@@ -2662,8 +2664,10 @@ static void
 put_record(Buf *b, const Record *r)
 {
 	buf_printf(b, "{\"n\":%lu,\"connection\":%lu,\"arrived_ns\":%lld,"
+			   "\"ended_ns\":%lld,"
 			   "\"status\":%d,\"done\":%s,\"aborted\":%s,%s,\"body\":",
-			   r->n, r->connection, (long long) r->arrived, r->status,
+			   r->n, r->connection, (long long) r->arrived,
+			   (long long) r->ended, r->status,
 			   r->done ? "true" : "false", r->aborted ? "true" : "false",
 			   r->head);
 	if (json_valid(r->body, r->body_len))
