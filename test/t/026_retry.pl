@@ -109,6 +109,19 @@ is($turn->{answer}{metadata}{interrupted},
 	JSON::PP::true, 'T48: marked as interrupted');
 is(text_of(@{ $turn->{events} }), 't0 t1 ', 'T48: as listeners saw it');
 
+# in a later step: what was said in the steps before stays
+($turn) = run_turns($node,
+	'[[at=0 tokens=3 tool=nothing args={}]] [[at=1 tokens=4 cutafter=2 times=1 key=later.]]');
+is($turn->{status}, 'completed', 'T48: a later step is tried again');
+is_deeply([ map { $_->{content} } grep { $_->{role} eq 'assistant' } @{ $turn->{messages} } ],
+	[ 't0 t1 t2 ', 't0 t1 t2 t3 ' ], 'T48:   each step is one attempt\'s');
+is(text_of(@{ $turn->{events} }), 't0 t1 t2 t0 t1 t2 t3 ',
+	'T48:   so is what listeners have');
+my @order = grep { /^(start-step|reset-step|finish-step)$/ } types_of(@{ $turn->{events} });
+is_deeply(\@order, [qw(start-step finish-step start-step reset-step finish-step)],
+	'T48:   reset-step takes back the later step only');
+is((grep { $_->{role} eq 'tool' } @{ $turn->{messages} }), 1, 'T48:   the tool is not called again');
+
 # Retry-After: the time stands in the job's row.  It holds for all requests to
 # the server that said so: each job here has a server of its own.
 my $servers = 0;
