@@ -239,7 +239,7 @@ is(summaries(), 1, 'which does not ask again at once');
 
 # one that does not come: the turn does not wait for ever
 $node->safe_psql('postgres', server_sql($fake->port, name => 'hasty', context_window => 2000,
-		max_tokens => 200, summarize => 'on', stream_timeout => '500ms'));
+		max_tokens => 200, summarize => 'on', stream_timeout => '3s'));
 $s = create_session($node, server => 'hasty')->{id};
 append($s, [ 'user', 'start [[gatehead=never]]' ], [ 'assistant', 'fine' ]);
 chatter($s, 3, 46);
