@@ -329,35 +329,47 @@ start_tool_worker(Oid role)
 	return false;
 }
 
+/* Returns how many more tool workers a role could have; later: not yet. */
+static int
+count_missing(const WaitingRole *r, bool *later)
+{
+	int			missing = r->calls > 0 ? r->calls - count_starting(r->role) : 0;
+
+	if (missing <= 0 || r->not_before <= chat_shmem_clock())
+		return missing;
+	*later = true;
+	return 0;
+}
+
 /*
  * Starts tool workers for the calls that chat_tool_judge() has found; true if
- * some could not be started now.
+ * some could not be started now.  Roles have them in turn: none waits until
+ * all calls of another have ended.
  */
 bool
 chat_tool_schedule(void)
 {
+	static int	turn = 0;
 	int			live = reap_tools();
+	int		   *missing = palloc(sizeof(int) * (nroles + 1));
+	int			wanted = 0;
 	bool		later = false;
 
 	for (int i = 0; i < nroles; i++)
+		wanted += missing[i] = Max(count_missing(&roles[i], &later), 0);
+	/* a worker that ends rings: no need to come back for those that are left */
+	while (wanted > 0 && live < tool_workers)
 	{
-		WaitingRole *r = &roles[i];
-		int			missing = r->calls > 0 ? r->calls - count_starting(r->role) : 0;
+		int			i = turn++ % nroles;
 
-		if (missing > 0 && r->not_before > chat_shmem_clock())
-		{
-			later = true;
+		turn %= nroles;
+		if (missing[i] == 0)
 			continue;
-		}
-		/* a worker that ends rings: no need to come back for those */
-		for (; missing > 0 && live < tool_workers; missing--, live++)
-		{
-			if (!start_tool_worker(r->role))
-			{
-				later = true;
-				break;
-			}
-		}
+		if (!start_tool_worker(roles[i].role))
+			return true;
+		missing[i]--;
+		wanted--;
+		live++;
 	}
 	return later;
 }
@@ -934,15 +946,21 @@ store_failure(const ToolCall *c, ErrorData *edata, MemoryContext context)
 		XactReadOnly = false;
 		XactIsoLevel = XACT_READ_COMMITTED;
 		PushActiveSnapshot(GetTransactionSnapshot());
+		HOLD_CANCEL_INTERRUPTS();
 		store(c, true, result);
 		PopActiveSnapshot();
 		CommitTransactionCommand();
+		RESUME_CANCEL_INTERRUPTS();
 	}
 	PG_CATCH();
 	{
+		/* anything else ends the process, which leaves an orphan */
+		if (geterrcode() != ERRCODE_QUERY_CANCELED)
+			PG_RE_THROW();
 		/* taken away: nothing is left to do */
 		MemoryContextSwitchTo(context);
 		FlushErrorState();
+		QueryCancelHoldoffCount = 0;
 		AbortCurrentTransaction();
 	}
 	PG_END_TRY();

@@ -75,6 +75,30 @@ $holder->query_safe('ROLLBACK');
 is(wait_for_task($node, $task)->{status}, 'completed',
 	'it is stored later');
 
+# the result of a function, whose role waits for no lock for long
+$node->safe_psql('postgres', <<'EOS');
+CREATE FUNCTION app.meet() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+	SET LOCAL lock_timeout = 0;
+	PERFORM pg_advisory_xact_lock(3);
+	SET LOCAL lock_timeout = '10ms';
+	RETURN 'met';
+END $$;
+ALTER ROLE ann SET lock_timeout = '10ms';
+EOS
+register($node, 'ann', function => 'app.meet');
+$holder->query_safe('SELECT pg_advisory_lock(3)');
+($session, $task) = start($node, 'go [[tool=meet args={} steps=1]]');
+wait_for($node, "SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted");
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT chat.cancel_task('$task')");
+$holder->query_safe('SELECT pg_advisory_unlock(3)');
+others_go_on('a result of a function that cannot be stored');
+$holder->query_safe('ROLLBACK');
+is(wait_for_task($node, $task)->{status}, 'completed', 'it is stored later');
+is((calls($node, $task))[0]{result}, 'met', '  as it was');
+$node->safe_psql('postgres', 'ALTER ROLE ann RESET lock_timeout');
+
 # a parked task that is due, in a session that is locked
 ($session, $task) = start($node, 'go [[tool=ask_user args={} steps=1]]');
 wait_for_calls($node, $task, 'waiting', 1);

@@ -207,6 +207,26 @@ $node->safe_psql('postgres', 'ALTER ROLE ann RESET lock_timeout');
 is_deeply([ try('ann', 'query', 'SELECT 1') ], ['1'], '  and later one can');
 $locker->quit;
 
+# T27: a role with many calls does not keep the others from theirs
+register($node, $_, function => 'app.query', name => 'wait') foreach qw(ann bob);
+$node->safe_psql('postgres', 'ALTER SYSTEM SET chat.tool_workers = 1; SELECT pg_reload_conf()');
+wait_for($node, "SELECT current_setting('chat.tool_workers') = '1'");
+$locker = $node->background_psql('postgres');
+$locker->query_safe('SELECT pg_advisory_lock(1)');
+my $wait = '[[tool=wait id=a args=' . value(encode({ statement => 'SELECT pg_advisory_xact_lock_shared(1)' })) . ']]';
+my @anns = map { (start($node, $wait))[1] } 1 .. 4;
+wait_for($node, "SELECT count(*) = 4 FROM chat.chat_tool_call WHERE task_id IN ('" . join("', '", @anns) . "')");
+my $bobs_task = (start($node, $wait, owner => 'bob'))[1];
+wait_for($node, "SELECT count(*) = 1 FROM chat.chat_tool_call WHERE task_id = '$bobs_task'");
+wait_for($node, "SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted");
+$locker->query_safe('SELECT pg_advisory_unlock(1)');
+wait_for_task($node, $_) foreach @anns, $bobs_task;
+is_deeply([ map { $_->{owner} } rows($node, 'SELECT s.owner FROM chat.chat_tool_call AS c JOIN chat.chat_session AS s'
+		  . " ON s.id = c.session_id WHERE c.name = 'wait' ORDER BY c.started_at") ],
+	[qw(ann bob ann ann ann)], 'T27: roles have tool workers in turn');
+$node->safe_psql('postgres', 'ALTER SYSTEM RESET chat.tool_workers; SELECT pg_reload_conf()');
+$locker->quit;
+
 # a role whose default isolation sees the past: a collision is tried again
 $node->safe_psql('postgres', <<'EOS');
 CREATE TABLE app.counter (n integer);
