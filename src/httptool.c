@@ -432,6 +432,9 @@ settle(HttpCall *c)
 	{
 		text = body_text(t, MAX_RESULT);
 		c->accepted = t->status == 202 || chat_tool_is_accepted(text);
+		/* a service may tell what it was sent */
+		if (c->key && strstr(text, c->key))
+			text = chat_server_redact(text, c->key);
 		end_call(c, false, text);
 		return;
 	}

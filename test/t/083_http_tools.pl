@@ -143,6 +143,8 @@ is(told(call('private', {}))->[0], 'forbidden_address', 'a private address');
 my $error = told(call('keyed', { command => 'status=500 errmsg=key%20tool%2Dsecret%2D1%20is%20bad' }));
 like($error->[1], qr/key .* is bad/, 'P8: an answer that holds the key is told');
 unlike($error->[1], qr/secret/, '  without it');
+is(told(call('keyed', { command => 'status=200 text=you%20sent%20tool%2Dsecret%2D1' })), 'you sent [redacted]',
+	'P8: so is a result that holds it');
 is(row($node, "SELECT count(*) AS n FROM chat.chat_tool_call AS c WHERE c::text LIKE '%tool-secret%'")->{n}
 	  + row($node, "SELECT count(*) AS n FROM chat.chat_event AS e WHERE e::text LIKE '%tool-secret%'")->{n}
 	  + row($node, "SELECT count(*) AS n FROM chat.chat_message AS m WHERE m::text LIKE '%tool-secret%'")->{n},
