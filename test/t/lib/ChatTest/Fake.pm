@@ -11,6 +11,9 @@
 #	$fake->get($path), ->post($path, $body), ->delete($path): (status, body)
 #	$fake->stop;				as a crash: open connections break
 #
+# With CHAT_FOREIGN in the environment it is npm's aimock instead, which knows
+# less: see test/aimock/same.mjs.
+#
 # It ends with its standard input, so it does not outlive the test.
 
 package ChatTest::Fake;
@@ -33,15 +36,18 @@ sub new
 
 	pipe(my $in, my $keep) or die "pipe: $!";
 	pipe(my $out, my $child_out) or die "pipe: $!";
-	my $program = ChatTest::build_file('fake_llm');
+	my @program = (ChatTest::build_file('fake_llm'), '--die-with-stdin', @args);
+	# the same commands before a foreign implementation of the API
+	@program = ('node', "$FindBin::RealBin/../aimock/same.mjs",
+		"$ENV{CHAT_NPM}/node_modules")
+	  if $ENV{CHAT_FOREIGN};
 	my $pid = fork() // die "fork: $!";
 	if ($pid == 0)
 	{
 		open STDIN, '<&', $in or die;
 		open STDOUT, '>&', $child_out or die;
 		close $keep;
-		exec $program, '--die-with-stdin', @args
-		  or die "$program: $!";
+		exec @program or die "$program[0]: $!";
 	}
 	close $in;
 	close $child_out;
