@@ -207,6 +207,20 @@ $node->safe_psql('postgres', 'ALTER ROLE ann RESET lock_timeout');
 is_deeply([ try('ann', 'query', 'SELECT 1') ], ['1'], '  and later one can');
 $locker->quit;
 
+# a role that is dropped while its call waits: the call and the task end
+$node->safe_psql('postgres', 'CREATE ROLE gone LOGIN; GRANT USAGE ON SCHEMA app TO gone;'
+	  . "SELECT chat.grant_usage('gone'); GRANT USAGE ON FOREIGN SERVER fake TO gone");
+register($node, 'gone', function => 'app.me', name => 'ask_me', approval => 'ask');
+($session, $task) = start($node, '[[tool=ask_me id=a]]', owner => 'gone');
+wait_for_calls($node, $task, 'approval', 1);
+$node->safe_psql('postgres', 'DROP OWNED BY gone; DROP ROLE gone;'
+	  . "SELECT chat.approve_tool_call('$session', 'a')");
+$turn = turn_of($node, $task);
+is($turn->{status}, 'failed', 'T69: the role of a call is dropped: its task ends');
+like((calls($node, $task))[0]{shown}, qr/owner role does not exist any more.*tool_not_available/,
+	'  and its call says why');
+sound($turn, $node, 'a role that is dropped');
+
 # T27: a role with many calls does not keep the others from theirs
 register($node, $_, function => 'app.query', name => 'wait') foreach qw(ann bob);
 $node->safe_psql('postgres', 'ALTER SYSTEM SET chat.tool_workers = 1; SELECT pg_reload_conf()');
