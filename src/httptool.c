@@ -177,9 +177,10 @@ end_call(HttpCall *c, bool failed, const char *result)
 {
 	if (c->ended)
 		return;
+	/* first what may fail */
+	c->result = pstrdup(result);
 	c->ended = true;
 	c->failed = failed;
-	c->result = pstrdup(result);
 	npending++;
 }
 
@@ -464,7 +465,20 @@ chat_httptool_receive(ChatTransfer *t)
 	if (!t->done || c->ended)
 		return c->ended;
 	old = MemoryContextSwitchTo(c->context);
-	settle(c);
+	PG_TRY();
+	{
+		settle(c);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(c->context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		end_call(c, true, error_result(c, edata->message, "internal"));
+	}
+	PG_END_TRY();
 	MemoryContextSwitchTo(old);
 	return true;
 }
