@@ -13,6 +13,7 @@ use lib "$FindBin::RealBin/lib";
 use ChatTest;
 use ChatTest::Crash;
 use JSON::PP ();
+use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $fake = start_fake();
@@ -89,48 +90,6 @@ my $location = 'http://127.0.0.1:' . $elsewhere->port . '/v1/chat/completions';
 my ($turn) = run_turns($node, "[[status=307 location=$location]]");
 is($turn->{error}{status}, 307, 'T60: a redirect is an error');
 is(scalar $elsewhere->requests, 0, 'T60: nobody follows it');
-
-# --- T12: threads that resolve names take no signals
-
-ok(hex(of_worker('SigIgn')) & 1 << 12, 'T12: the worker ignores SIGPIPE');
-my @lost;
-foreach my $n (1 .. 8)
-{
-	$node->safe_psql('postgres',
-		server_sql(1, name => "nowhere$n", allow_http => 'on', retries => 0,
-			connect_timeout => '2s', base_url => "http://host$n.invalid:9/v1"));
-	push @lost,
-	  ask($node, create_session($node, server => "nowhere$n")->{id}, 'x');
-}
-my ($left, %open, $threads) = (1);
-while ($left)
-{
-	# a latch and a reason that is none: both are harmless where they belong
-	kill $_, $worker foreach qw(USR1 URG);
-	foreach my $path (glob "/proc/$worker/task/*/")
-	{
-		my ($tid) = $path =~ m{(\d+)/$};
-		my $blocked = of_worker('SigBlk', "task/$tid/") or next;
-		next if $tid == $worker;
-		$threads++;
-		$open{$_} = 1
-		  foreach grep { !(hex($blocked) & 1 << $_ - 1) } 1, 2, 3, 10, 12, 14, 15, 23;
-	}
-	$left = $node->safe_psql('postgres', 'SELECT count(*) FROM chat.chat_task'
-		  . ' WHERE finished_at IS NULL');
-}
-is_deeply([ sort keys %open ], [],
-	'T12: a thread of the worker blocks signals (seen ' . ($threads // 0) . ' times)');
-foreach my $task (@lost)
-{
-	my $row = wait_for_task($node, $task);
-	like($row->{error}{code}, qr/^(endpoint_error|connect_timeout)$/,
-		'T12: a name that does not resolve');
-	is($row->{error}{retryable}, JSON::PP::true, '  may do so later');
-}
-is(wait_for_worker($node), $worker, 'T12: the worker has stayed');
-is( row($node, "SELECT ok FROM chat.check_installation() WHERE item = 'libcurl'")->{ok},
-	JSON::PP::true, 'T12: check_installation() looks at libcurl\'s resolver');
 
 # --- T38
 
@@ -283,5 +242,59 @@ is( row($node, "SELECT count(*) FROM chat.chat_task WHERE status = 'completed'"
 		  . " AND finished_at > now() - interval '1 hour'")->{count} >= 10000,
 	1, 'T13: ten thousand turns are completed');
 is(wait_for_worker($node), $worker, 'T13: under one worker');
+
+# --- T12: threads that resolve names take no signals; here they wait for a
+# file, and the worker gets signals that are harmless where they belong
+
+my $file = PostgreSQL::Test::Utils::tempdir() . '/resolve';
+{
+	local $ENV{LD_PRELOAD} = build_file('resolver.so');
+	local $ENV{CHAT_TEST_RESOLVER} = $file;
+	$node->restart;
+}
+$worker = wait_for_worker($node);
+ok(hex(of_worker('SigIgn')) & 1 << 12, 'T12: the worker ignores SIGPIPE');
+my @lost;
+foreach my $n (1 .. 8)
+{
+	$node->safe_psql('postgres',
+		server_sql(1, name => "nowhere$n", allow_http => 'on', retries => 0,
+			connect_timeout => '1h', base_url => "http://host$n.invalid:9/v1"));
+	push @lost,
+	  ask($node, create_session($node, server => "nowhere$n")->{id}, 'x');
+}
+my @threads;
+wait_until(
+	'eight threads',
+	sub {
+		@threads = grep { $_ != $worker }
+		  map { m{(\d+)$} } glob "/proc/$worker/task/*";
+		return @threads >= 8;
+	});
+my %open;
+foreach my $tid (@threads)
+{
+	my $blocked = of_worker('SigBlk', "task/$tid/");
+	$open{$_}++
+	  foreach grep { !(hex($blocked) & 1 << $_ - 1) } 1, 2, 3, 10, 12, 14, 15, 23;
+}
+is_deeply(\%open, {}, 'T12: threads of the worker block the signals');
+foreach (1 .. 50)
+{
+	kill $_, $worker foreach qw(USR1 URG HUP);
+}
+is((run_turns($node, '[[tokens=1]]'))[0]{status},
+	'completed', 'T12: others do not wait for a name');
+append_to_file($file, '');
+foreach my $task (@lost)
+{
+	my $row = wait_for_task($node, $task);
+	is($row->{error}{code}, 'endpoint_error',
+		'T12: a name that does not resolve');
+	is($row->{error}{retryable}, JSON::PP::true, '  may do so later');
+}
+is(wait_for_worker($node), $worker, 'T12: the worker has stayed');
+is( row($node, "SELECT ok FROM chat.check_installation() WHERE item = 'libcurl'")->{ok},
+	JSON::PP::true, 'T12: check_installation() looks at libcurl\'s resolver');
 
 done_testing();
