@@ -129,9 +129,8 @@ CREATE UNIQUE INDEX chat_task_running_idx ON chat.chat_task (session_id)
 	WHERE status = 'running';
 CREATE INDEX chat_task_queued_idx ON chat.chat_task (session_id, place)
 	WHERE status = 'queued';
--- those that wait and have the session
 CREATE INDEX chat_task_waiting_idx ON chat.chat_task (session_id)
-	WHERE status = 'waiting' AND NOT detached;
+	WHERE status = 'waiting';
 CREATE UNIQUE INDEX chat_task_message_idx
 	ON chat.chat_task (session_id, message_id);
 
@@ -817,9 +816,16 @@ BEGIN ATOMIC
 				WHERE c.task_id = t.id AND c.session_id = s.id
 					AND c.ended_at IS NULL)
 			THEN 'processing_tools' ELSE 'processing_message' END
-		FROM chat.chat_task AS t
-		WHERE t.session_id = s.id
-			AND t.status IN ('queued', 'running', 'waiting')
+		FROM (
+			-- each by its own index, however many tasks there were
+			SELECT b.* FROM chat.chat_task AS b
+			WHERE b.session_id = s.id AND b.status = 'running'
+			UNION ALL
+			SELECT b.* FROM chat.chat_task AS b
+			WHERE b.session_id = s.id AND b.status = 'queued'
+			UNION ALL
+			SELECT b.* FROM chat.chat_task AS b
+			WHERE b.session_id = s.id AND b.status = 'waiting') AS t
 		ORDER BY t.status = 'running' DESC, t.detached,
 			t.status = 'waiting' DESC, t.place
 		LIMIT 1),

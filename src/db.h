@@ -41,6 +41,25 @@ typedef struct ChatStmt
 	static const Oid name##_types[] = {__VA_ARGS__}; \
 	static ChatStmt name = {text, name##_types, lengthof(name##_types), NULL}
 
+/*
+ * A condition on a job that is found by its id.  An equation would also be
+ * a way to find it: among all that the holder has.
+ */
+#define CHAT_HELD_BY(holder) "holder IS NOT DISTINCT FROM " holder
+
+/*
+ * The tasks that have a session or wait for it, by one small index each; by
+ * the session alone they would be looked for among all that it ever had.
+ */
+#define CHAT_BUSY_TASK(session, columns) \
+	" SELECT " columns " FROM chat.chat_task AS b" \
+	"  WHERE b.session_id = " session " AND b.status = 'running'" \
+	" UNION ALL SELECT " columns " FROM chat.chat_task AS b" \
+	"  WHERE b.session_id = " session " AND b.status = 'waiting'" \
+	"   AND NOT b.detached" \
+	" UNION ALL SELECT " columns " FROM chat.chat_task AS b" \
+	"  WHERE b.session_id = " session " AND b.status = 'queued'"
+
 /* What chat_db_enter() changes and chat_db_leave() restores. */
 typedef struct ChatScope
 {

@@ -130,7 +130,7 @@ CHAT_STMT(find_parked,
 CHAT_STMT(store_http,
 		  "WITH gone AS ("
 		  " DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
-		  "  AND holder = $3 RETURNING id"
+		  "  AND " CHAT_HELD_BY("$3") " RETURNING id"
 		  "), call AS ("
 		  " UPDATE chat.chat_tool_call AS c SET"
 		  "  status = CASE WHEN $5 THEN 'waiting' ELSE $6 END,"
@@ -150,7 +150,7 @@ CHAT_STMT(store_http,
 /* $1 job, $2 epoch, $3 holder, $4 run at */
 CHAT_STMT(retry_http,
 		  "UPDATE chat.chat_job SET holder = NULL, run_at = $4"
-		  " WHERE id = $1 AND epoch = $2 AND holder = $3",
+		  " WHERE id = $1 AND epoch = $2 AND " CHAT_HELD_BY("$3"),
 		  INT8OID, INT8OID, INT8OID, TIMESTAMPTZOID);
 
 /* Frees a call that is in no list. */

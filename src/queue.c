@@ -29,15 +29,16 @@
  * The planner knows nothing of a queue that was empty when it planned, so
  * these are written for one index each: chat_job_claim_idx or _fair_idx for
  * jobs that may be claimed, chat_job_cancel_idx for those that shall end.
- * Table j, database db.
+ * OFFSET keeps a subquery a probe by session: as a join it would read all
+ * tasks that run, for each job.  Table j, database db.
  */
 #define FREE_SESSION \
 	" NOT EXISTS (SELECT FROM chat.chat_task AS r" \
 	"  WHERE r.session_id = j.session_id AND r.status = 'running'" \
-	"   AND r.id <> j.task_id)" \
+	"   AND r.id <> j.task_id OFFSET 0)" \
 	" AND NOT EXISTS (SELECT FROM chat.chat_task AS w" \
 	"  WHERE w.session_id = j.session_id AND w.status = 'waiting'" \
-	"   AND NOT w.detached AND w.id <> j.task_id)"
+	"   AND NOT w.detached AND w.id <> j.task_id OFFSET 0)"
 
 #define CLAIMABLE(db) \
 	" j.holder IS NULL AND j.kind = 'completion' AND NOT j.parked" \
@@ -249,8 +250,8 @@ CHAT_STMT(finish_jobs,
 		  "  function_call, metadata, prompt, completion, usage)"
 		  "), gone AS ("
 		  " DELETE FROM chat.chat_job AS j USING e"
-		  " WHERE j.id = e.job AND j.epoch = e.epoch AND j.holder = $1"
-		  " RETURNING j.id"
+		  " WHERE j.id = e.job AND j.epoch = e.epoch"
+		  "  AND j." CHAT_HELD_BY("$1") " RETURNING j.id"
 		  "), ok AS MATERIALIZED ("
 		  " SELECT e.*, s.next_sequence, s.owner,"
 		  "  t.superseded IS NOT DISTINCT FROM 'rollback' AS hide"
@@ -306,11 +307,11 @@ CHAT_STMT(finish_jobs,
 		  "  ORDER BY t.place LIMIT 1) AS q"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
 		  "  WHERE o.session_id = f.session AND o.task_id = q.id"
-		  "   AND o.kind = 'completion')"
+		  "   AND o.kind = 'completion' OFFSET 0)"
 		  /* a task that was detached ends while another has the session */
 		  " AND NOT EXISTS (SELECT FROM chat.chat_task AS b"
 		  "  WHERE b.session_id = f.session AND b.status = 'waiting'"
-		  "   AND NOT b.detached AND b.id NOT IN (SELECT task FROM ok)))"
+		  "   AND NOT b.detached AND b.id NOT IN (SELECT task FROM ok) OFFSET 0))"
 		  " SELECT job FROM ok",
 		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, UUIDARRAYOID,
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
@@ -331,7 +332,7 @@ CHAT_STMT(release_jobs,
 		  "  AS u (job, epoch, run_at, reset, last_seq, refund, waited, shrink)"
 		  "), mine AS ("
 		  " SELECT j.id FROM chat.chat_job AS j JOIN e ON e.job = j.id"
-		  "  AND e.epoch = j.epoch WHERE j.holder = $1"
+		  "  AND e.epoch = j.epoch WHERE j." CHAT_HELD_BY("$1")
 		  " FOR UPDATE OF j SKIP LOCKED)"
 		  " UPDATE chat.chat_job AS j SET holder = NULL,"
 		  /* an attempt that failed while it was cancelled is not repeated */

@@ -111,7 +111,7 @@ CHAT_STMT(give_back_sides,
 /* $1 job, $2 epoch, $3 holder */
 CHAT_STMT(drop_side,
 		  "DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
-		  " AND holder = $3",
+		  " AND " CHAT_HELD_BY("$3"),
 		  INT8OID, INT8OID, INT8OID);
 
 /*

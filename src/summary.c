@@ -89,7 +89,8 @@ CHAT_STMT(try_session,
 CHAT_STMT(store_summary,
 		  "WITH mine AS MATERIALIZED ("
 		  " SELECT j.id, j.session_id FROM chat.chat_job AS j"
-		  " WHERE j.id = $1 AND j.epoch = $2 AND j.holder = $3"
+		  " WHERE j.id = $1 AND j.epoch = $2"
+		  "  AND j." CHAT_HELD_BY("$3")
 		  "), session AS ("
 		  " UPDATE chat.chat_session AS s"
 		  " SET summary = COALESCE($4, s.summary),"

@@ -82,18 +82,15 @@ CHAT_STMT(add_task,
 		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
 		  "  owner, database)"
 		  " SELECT 'completion', $1, task.id, $6::name, $8, $9 FROM task"
-		  " WHERE NOT EXISTS (SELECT FROM chat.chat_task AS t"
-		  "  WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
-		  "   OR t.status = 'waiting' AND NOT t.detached)))"
+		  " WHERE NOT EXISTS (" CHAT_BUSY_TASK("$1", "") "))"
 		  " SELECT id FROM task",
 		  UUIDOID, UUIDOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, JSONBOID,
 		  OIDOID, OIDOID);
 
 /* $1 session: the task that has it, or the first that will */
 CHAT_STMT(find_busy,
-		  "SELECT t.id::text, t.status FROM chat.chat_task AS t"
-		  " WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
-		  "  OR t.status = 'waiting' AND NOT t.detached)"
+		  "SELECT t.id::text, t.status FROM"
+		  " (" CHAT_BUSY_TASK("$1", "b.id, b.status, b.place") ") AS t"
 		  " ORDER BY t.status <> 'queued' DESC, t.place LIMIT 1",
 		  UUIDOID);
 
@@ -105,8 +102,7 @@ CHAT_STMT(find_busy,
 CHAT_STMT(supersede_tasks,
 		  "WITH task AS ("
 		  " UPDATE chat.chat_task AS t SET superseded = $2"
-		  " WHERE t.session_id = $1 AND (t.status IN ('queued', 'running')"
-		  "  OR t.status = 'waiting' AND NOT t.detached)"
+		  " WHERE t.id = ANY (ARRAY(" CHAT_BUSY_TASK("$1", "b.id") "))"
 		  "  AND t.superseded IS DISTINCT FROM 'rollback'"
 		  " RETURNING t.id)"
 		  " UPDATE chat.chat_job AS j SET cancel = true,"
@@ -174,8 +170,11 @@ CHAT_STMT(find_poisoned,
 		  "  WHERE m.session_id = t.session_id AND m.active"
 		  "  ORDER BY m.sequence DESC LIMIT 1)"
 		  "  AND NOT EXISTS (SELECT FROM chat.chat_task AS o"
-		  "   WHERE o.session_id = t.session_id"
-		  "   AND o.status IN ('queued', 'running'))"
+		  "   WHERE o.session_id = t.session_id AND o.status = 'queued'"
+		  "   OFFSET 0)"
+		  "  AND NOT EXISTS (SELECT FROM chat.chat_task AS o"
+		  "   WHERE o.session_id = t.session_id AND o.status = 'running'"
+		  "   OFFSET 0)"
 		  " FROM chat.chat_task AS t"
 		  " WHERE t.id = $1 AND t.error ? 'crashes' AND NOT t.error ? 'rerun'",
 		  UUIDOID);

@@ -121,7 +121,8 @@ CHAT_STMT(try_session,
 CHAT_STMT(store_title,
 		  "WITH gone AS ("
 		  " DELETE FROM chat.chat_job AS j WHERE j.id = $1 AND j.epoch = $2"
-		  "  AND j.holder = $3 RETURNING j.session_id, j.input"
+		  "  AND j." CHAT_HELD_BY("$3")
+		  " RETURNING j.session_id, j.input"
 		  "), session AS ("
 		  " UPDATE chat.chat_session AS s SET title = $4 FROM gone"
 		  " WHERE s.id = gone.session_id AND $4 IS NOT NULL"

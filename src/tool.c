@@ -459,7 +459,7 @@ CHAT_STMT(lock_parked,
 CHAT_STMT(store_result,
 		  "WITH gone AS ("
 		  " DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
-		  "  AND holder = $3 RETURNING id)"
+		  "  AND " CHAT_HELD_BY("$3") " RETURNING id)"
 		  " UPDATE chat.chat_tool_call AS c SET status = $5, result = $6,"
 		  "  ended_at = now() FROM gone"
 		  " WHERE c.operation_id = $4 AND c.ended_at IS NULL"
@@ -470,7 +470,7 @@ CHAT_STMT(store_result,
 CHAT_STMT(store_accepted,
 		  "WITH gone AS ("
 		  " DELETE FROM chat.chat_job WHERE id = $1 AND epoch = $2"
-		  "  AND holder = $3 RETURNING id)"
+		  "  AND " CHAT_HELD_BY("$3") " RETURNING id)"
 		  " UPDATE chat.chat_tool_call AS c SET status = 'waiting',"
 		  "  long_running = true,"
 		  "  deadline = now() + COALESCE(c.timeout, $5 * '1 ms'::interval)"

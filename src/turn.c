@@ -55,7 +55,7 @@ CHAT_STMT(park_tasks,
 		  " SELECT e.*, s.next_sequence, s.owner, t.steps + 1 AS step,"
 		  "  (s.settings || t.options) -> 'tools' AS allowed"
 		  " FROM e JOIN chat.chat_job AS j ON j.id = e.job"
-		  "  AND j.epoch = e.epoch AND j.holder = $1"
+		  "  AND j.epoch = e.epoch AND j." CHAT_HELD_BY("$1")
 		  " JOIN chat.chat_session AS s ON s.id = e.session"
 		  " JOIN chat.chat_task AS t ON t.id = e.task"
 		  "), message AS ("
@@ -169,7 +169,8 @@ CHAT_STMT(seal_jobs,
 		  " attempts = 0, run_at = '-infinity', last_seq = e.last_seq"
 		  " FROM ROWS FROM (unnest($2), unnest($3), unnest($4))"
 		  "  AS e (job, epoch, last_seq)"
-		  " WHERE j.id = e.job AND j.epoch = e.epoch AND j.holder = $1",
+		  " WHERE j.id = e.job AND j.epoch = e.epoch"
+		  "  AND j." CHAT_HELD_BY("$1"),
 		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID);
 
 /* $1 holder, $2 database, $3 limit, $4 first run of this timeline */
@@ -206,8 +207,10 @@ CHAT_STMT(find_busy,
 		  "  WITH ORDINALITY AS w (session, task, n)"
 		  " WHERE EXISTS (SELECT FROM chat.chat_task AS r"
 		  "  WHERE r.session_id = w.session AND r.id <> w.task"
-		  "   AND (r.status = 'running'"
-		  "    OR r.status = 'waiting' AND NOT r.detached))",
+		  "   AND r.status = 'running' OFFSET 0)"
+		  " OR EXISTS (SELECT FROM chat.chat_task AS r"
+		  "  WHERE r.session_id = w.session AND r.id <> w.task"
+		  "   AND r.status = 'waiting' AND NOT r.detached OFFSET 0)",
 		  UUIDARRAYOID, UUIDARRAYOID);
 
 /* $1 tasks, $2 their steps, $3 characters of a result that are looked at */
@@ -301,7 +304,7 @@ CHAT_STMT(leave_turns,
 		  "  run_at = e.run_at, last_seq = e.last_seq, attempts = 0,"
 		  "  waited = 0, shrink_to = NULL"
 		  " FROM e WHERE j.id = e.job AND j.epoch = e.epoch"
-		  "  AND j.holder = $1"
+		  "  AND j." CHAT_HELD_BY("$1")
 		  " RETURNING j.task_id, j.session_id, j.owner, e.status, e.detached,"
 		  "  e.parked"
 		  "), task AS ("
@@ -326,12 +329,16 @@ CHAT_STMT(leave_turns,
 		  "  ORDER BY t.place LIMIT 1) AS q"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
 		  "  WHERE o.session_id = f.session_id AND o.task_id = q.id"
-		  "   AND o.kind = 'completion')"
+		  "   AND o.kind = 'completion' OFFSET 0)"
 		  " AND NOT EXISTS (SELECT FROM chat.chat_task AS b"
-		  "  WHERE b.session_id = f.session_id AND (b.status = 'running'"
-		  "   OR b.status = 'waiting' AND NOT b.detached)"
+		  "  WHERE b.session_id = f.session_id AND b.status = 'running'"
 		  "   AND b.id NOT IN (SELECT k.task_id FROM job AS k"
-		  "    WHERE k.detached))",
+		  "    WHERE k.detached) OFFSET 0)"
+		  " AND NOT EXISTS (SELECT FROM chat.chat_task AS b"
+		  "  WHERE b.session_id = f.session_id AND b.status = 'waiting'"
+		  "   AND NOT b.detached"
+		  "   AND b.id NOT IN (SELECT k.task_id FROM job AS k"
+		  "    WHERE k.detached) OFFSET 0)",
 		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, BOOLARRAYOID,
 		  TIMESTAMPTZARRAYOID, INT8ARRAYOID, TEXTARRAYOID, BOOLARRAYOID);
 
