@@ -63,6 +63,16 @@
 #define chat_my_proc_number() ((int) MyProc->pgprocno)
 #endif
 
+/* 16 knows indexes that summarize, and can leave out the others. */
+#if PG_VERSION_NUM >= 160000
+#define chat_insert_index_tuples(result, slot, estate) \
+	ExecInsertIndexTuples((result), (slot), (estate), false, false, NULL, \
+						  NIL, false)
+#else
+#define chat_insert_index_tuples(result, slot, estate) \
+	ExecInsertIndexTuples((result), (slot), (estate), false, false, NULL, NIL)
+#endif
+
 /* From 17 on a background worker may connect as a role without LOGIN. */
 #if PG_VERSION_NUM >= 170000
 #define CHAT_WORKER_BYPASSES_LOGIN true

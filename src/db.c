@@ -36,7 +36,6 @@
 #include "db.h"
 #include "json.h"
 
-const ChatArrayKind chat_int2s = {INT2OID, 2, true, TYPALIGN_SHORT};
 const ChatArrayKind chat_int4s = {INT4OID, 4, true, TYPALIGN_INT};
 const ChatArrayKind chat_int8s = {INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
 const ChatArrayKind chat_bools = {BOOLOID, 1, true, TYPALIGN_CHAR};
@@ -44,7 +43,6 @@ const ChatArrayKind chat_oids = {OIDOID, 4, true, TYPALIGN_INT};
 const ChatArrayKind chat_times = {TIMESTAMPTZOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE};
 const ChatArrayKind chat_uuids = {UUIDOID, UUID_LEN, false, TYPALIGN_CHAR};
 const ChatArrayKind chat_texts = {TEXTOID, -1, false, TYPALIGN_INT};
-const ChatArrayKind chat_jsons = {JSONOID, -1, false, TYPALIGN_INT};
 
 #define PINNED_SEARCH_PATH "pg_catalog, pg_temp"
 

@@ -89,7 +89,6 @@ typedef struct ChatArrayKind
 	char		align;
 } ChatArrayKind;
 
-extern const ChatArrayKind chat_int2s;
 extern const ChatArrayKind chat_int4s;
 extern const ChatArrayKind chat_int8s;
 extern const ChatArrayKind chat_bools;
@@ -97,7 +96,6 @@ extern const ChatArrayKind chat_oids;
 extern const ChatArrayKind chat_times;
 extern const ChatArrayKind chat_uuids;
 extern const ChatArrayKind chat_texts;
-extern const ChatArrayKind chat_jsons;
 
 /*
  * Makes params[at] an array with the value of an expression for each i < n;

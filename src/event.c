@@ -11,15 +11,21 @@
  */
 #include "postgres.h"
 
-#include "catalog/pg_type.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
 #include "commands/async.h"
+#include "executor/executor.h"
 #include "mb/pg_wchar.h"
-#include "utils/array.h"
+#include "nodes/makefuncs.h"
+#include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
 
-#include "db.h"
+#include "compat.h"
 #include "event.h"
 #include "json.h"
 #include "jsonbuf.h"
@@ -27,6 +33,11 @@
 /* how often the notification queue's fill is looked at, in ms */
 #define QUEUE_LOOK_INTERVAL 1000
 #define QUEUE_LOOK_LIMIT 0.9
+
+/* rows that are appended together */
+#define ROWS_AT_ONCE 128
+/* slot, task_id, seq, payload, created_at: in the order of the table */
+#define EVENT_COLUMNS 5
 
 /* from PostgreSQL's epoch to that of Unix, in ms */
 #define EPOCH_SHIFT \
@@ -50,12 +61,6 @@ static const struct config_enum_entry notify_payload_options[] = {
 };
 
 static int	notify_payload = NOTIFY_EVENT;
-
-CHAT_STMT(insert_events,
-		  "INSERT INTO chat.chat_event (slot, task_id, seq, payload)"
-		  " SELECT * FROM ROWS FROM (unnest($1), unnest($2), unnest($3),"
-		  " unnest($4)) AS e",
-		  INT2ARRAYOID, UUIDARRAYOID, INT8ARRAYOID, JSONARRAYOID);
 
 /* Declares the settings of events. */
 void
@@ -317,20 +322,86 @@ chat_event_collect(ChatEventBatch *batch, const ChatEventTarget *target,
 	return seq;
 }
 
+/* Fills slots with the next rows of a slot of events; returns how many. */
+static int
+fill_slots(const ChatEventBatch *batch, int16 slot, int *row,
+		   TupleTableSlot **slots, int max)
+{
+	Datum		now = TimestampTzGetDatum(GetCurrentTransactionStartTimestamp());
+	int			n = 0;
+
+	for (; *row < batch->n && n < max; (*row)++)
+	{
+		TupleTableSlot *s = slots[n];
+
+		if (DatumGetInt16(batch->columns[0][*row]) != slot)
+			continue;
+		ExecClearTuple(s);
+		memset(s->tts_isnull, true,
+			   s->tts_tupleDescriptor->natts * sizeof(bool));
+		for (int i = 0; i < EVENT_COLUMNS; i++)
+		{
+			s->tts_values[i] = i < 4 ? batch->columns[i][*row] : now;
+			s->tts_isnull[i] = false;
+		}
+		ExecStoreVirtualTuple(s);
+		n++;
+	}
+	return n;
+}
+
+/*
+ * Appends the rows of one slot to its partition, as COPY would: by pages, and
+ * without a plan.  Triggers and rules have no part in it.
+ */
+static void
+append_rows(const ChatEventBatch *batch, int16 slot)
+{
+	char		name[NAMEDATALEN];
+	TupleTableSlot *slots[ROWS_AT_ONCE];
+	EState	   *estate = CreateExecutorState();
+	MemoryContext old = MemoryContextSwitchTo(estate->es_query_cxt);
+	ResultRelInfo *result = makeNode(ResultRelInfo);
+	int			row = 0;
+	Relation	rel;
+	int			n;
+
+	snprintf(name, sizeof(name), "chat_event_%d", slot);
+	rel = table_openrv(makeRangeVar("chat", name, -1), RowExclusiveLock);
+	InitResultRelInfo(result, rel, 1, NULL, 0);
+	ExecOpenIndices(result, false);
+	for (int i = 0; i < ROWS_AT_ONCE; i++)
+		slots[i] = i < batch->n ? table_slot_create(rel, NULL) : NULL;
+	while ((n = fill_slots(batch, slot, &row, slots, ROWS_AT_ONCE)) > 0)
+	{
+		MemoryContextSwitchTo(GetPerTupleMemoryContext(estate));
+		table_multi_insert(rel, slots, n, GetCurrentCommandId(true), 0, NULL);
+		for (int i = 0; i < n; i++)
+			(void) chat_insert_index_tuples(result, slots[i], estate);
+		MemoryContextSwitchTo(estate->es_query_cxt);
+		ResetPerTupleExprContext(estate);
+	}
+	for (int i = 0; i < ROWS_AT_ONCE && slots[i]; i++)
+		ExecDropSingleTupleTableSlot(slots[i]);
+	ExecCloseIndices(result);
+	table_close(rel, NoLock);
+	MemoryContextSwitchTo(old);
+	FreeExecutorState(estate);
+}
+
 /* Stores the rows of a batch in the current transaction. */
 void
 chat_event_write(ChatEventBatch *batch)
 {
-	const ChatArrayKind *const kinds[4] = {
-		&chat_int2s, &chat_uuids, &chat_int8s, &chat_jsons
-	};
-	Datum		values[4];
+	uint32		used = 0;
 
-	if (batch->n == 0)
-		return;
-	for (int i = 0; i < 4; i++)
-		values[i] = chat_db_array(kinds[i], batch->columns[i], batch->n);
-	chat_db_exec(&insert_events, values, NULL);
+	for (int i = 0; i < batch->n; i++)
+		used |= (uint32) 1 << DatumGetInt16(batch->columns[0][i]);
+	for (int16 slot = 0; used >> slot != 0; slot++)
+		if (used & (uint32) 1 << slot)
+			append_rows(batch, slot);
+	if (batch->n > 0)
+		CommandCounterIncrement();
 }
 
 /* Notifies the events of a batch when the current transaction commits. */

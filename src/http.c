@@ -2,14 +2,16 @@
  * http.c
  *		HTTP transfers over one libcurl multi handle per process.
  *
- * Owns: the multi handle, the epoll descriptor that libcurl's sockets are
+ * Owns: the multi handle, the epoll descriptors that libcurl's sockets are
  * members of, libcurl's timer, and the list of transfers that have news.
  * All of it is local to the process and made in the process that uses it,
  * never in the postmaster.
  *
- * The epoll descriptor is nested in the caller's WaitEventSet, so that the
+ * An epoll descriptor is nested in the caller's WaitEventSet, so that the
  * set stays the same however many sockets come and go; what is ready is
- * asked for here, without waiting.
+ * asked for here, without waiting.  Sockets whose answer is under way are
+ * members of another one, itself a member of the first unless they are held
+ * back: a thousand streams are read together, not one by one.
  *
  * libcurl may start a thread to resolve a name.  Signals stay blocked around
  * every call that may do so: a handler of the server must not run there.
@@ -32,13 +34,27 @@
 #include "http.h"
 
 #define READY_BATCH 1024
+#define READY_ROUNDS 16			/* of one poll */
 #define KEEP_CONNECTIONS 128L
 #define MIN_BUFFER 1024
 
 static CURLM *multi = NULL;
 static int	epoll_fd = -1;
+static int	answer_fd = -1;		/* sockets whose answer is under way */
+static bool held = false;		/* those are not looked at */
 static int64 timer_due = -1;	/* ms of now_ms(), -1 = none */
 static int	running = 0;
+
+/* What is known of a socket, by its number. */
+typedef struct Socket
+{
+	uint32		events;			/* that libcurl waits for */
+	bool		answering;		/* member of answer_fd */
+} Socket;
+
+static Socket *sockets = NULL;
+static int	max_sockets = 0;
+
 static dlist_head ready_list = DLIST_STATIC_INIT(ready_list);
 
 /* Returns a clock in milliseconds that is never set back. */
@@ -61,16 +77,43 @@ mark_ready(ChatTransfer *t)
 	dlist_push_tail(&ready_list, &t->node);
 }
 
+/* Returns what is known of a socket, NULL if it has no number or no room. */
+static Socket *
+find_socket(curl_socket_t fd)
+{
+	if (fd < 0)
+		return NULL;
+	if (fd >= max_sockets)
+	{
+		int			max = Max(256, fd * 2);
+		Socket	   *more = realloc(sockets, max * sizeof(Socket));
+
+		if (more == NULL)
+			return NULL;
+		memset(more + max_sockets, 0, (max - max_sockets) * sizeof(Socket));
+		sockets = more;
+		max_sockets = max;
+	}
+	return &sockets[fd];
+}
+
 /* libcurl tells which events of a socket it waits for. */
 static int
 on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *known)
 {
 	struct epoll_event ev = {0};
+	Socket	   *s = find_socket(fd);
+	ChatTransfer *t = NULL;
+	int			set;
 
+	if (s == NULL)
+		return -1;
+	set = s->answering ? answer_fd : epoll_fd;
 	if (what == CURL_POLL_REMOVE)
 	{
 		/* the kernel has removed it already when it was closed */
-		(void) epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+		(void) epoll_ctl(set, EPOLL_CTL_DEL, fd, NULL);
+		memset(s, 0, sizeof(*s));
 		return 0;
 	}
 	ev.data.fd = fd;
@@ -78,10 +121,30 @@ on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *known)
 		ev.events |= EPOLLIN;
 	if (what & CURL_POLL_OUT)
 		ev.events |= EPOLLOUT;
-	if (epoll_ctl(epoll_fd, EPOLL_CTL_MOD, fd, &ev) != 0 &&
-		epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &ev) != 0)
+	s->events = ev.events;
+	if (curl_easy_getinfo(easy, CURLINFO_PRIVATE, &t) == CURLE_OK && t != NULL)
+		t->fd = fd;
+	if (epoll_ctl(set, EPOLL_CTL_MOD, fd, &ev) != 0 &&
+		epoll_ctl(set, EPOLL_CTL_ADD, fd, &ev) != 0)
 		return -1;
 	return 0;
+}
+
+/* Moves a transfer's socket to those whose answer is under way. */
+static void
+note_answer(ChatTransfer *t)
+{
+	Socket	   *s = find_socket(t->fd);
+	struct epoll_event ev = {0};
+
+	if (s == NULL || s->answering)
+		return;
+	ev.events = s->events;
+	ev.data.fd = t->fd;
+	if (epoll_ctl(answer_fd, EPOLL_CTL_ADD, t->fd, &ev) != 0)
+		return;
+	(void) epoll_ctl(epoll_fd, EPOLL_CTL_DEL, t->fd, NULL);
+	s->answering = true;
 }
 
 /* libcurl tells when it wants to be called without a socket's event. */
@@ -269,6 +332,8 @@ on_data(char *data, size_t size, size_t n, void *arg)
 	}
 	if (!reserve(t, n))
 		return 0;
+	if (t->total == 0)
+		note_answer(t);
 	memcpy(t->buf + t->len, data, n);
 	t->len += n;
 	t->total += n;
@@ -353,14 +418,22 @@ block_signals(sigset_t *old)
 int
 chat_http_start(void)
 {
+	struct epoll_event ev = {.events = EPOLLIN};
+
 	if (multi != NULL)
 		return epoll_fd;
 	if (curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK)
 		ereport(ERROR,
 				(errcode(ERRCODE_EXTERNAL_ROUTINE_EXCEPTION),
 				 errmsg("could not initialize libcurl")));
-	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (epoll_fd < 0)
+		epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (answer_fd < 0)
+		answer_fd = epoll_create1(EPOLL_CLOEXEC);
+	ev.data.fd = answer_fd;
+	if (epoll_fd < 0 || answer_fd < 0 ||
+		(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, answer_fd, &ev) != 0 &&
+		 errno != EEXIST))
 		ereport(ERROR,
 				(errcode_for_socket_access(),
 				 errmsg("could not create epoll descriptor: %m")));
@@ -476,6 +549,7 @@ chat_http_open(const ChatHttpRequest *req, void *owner)
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("out of memory")));
 	t->owner = owner;
+	t->fd = -1;
 	t->max_body = req->max_body;
 	t->retry_after = -1;
 	t->allow_loopback = req->allow_loopback;
@@ -527,28 +601,65 @@ chat_http_pause(ChatTransfer *t, bool pause)
 	sigprocmask(SIG_SETMASK, &mask, NULL);
 }
 
+/*
+ * Holds back the sockets whose answer is under way, or not any more: until
+ * then chat_http_poll() does not look at them and they wake nobody.
+ */
+void
+chat_http_hold(bool hold)
+{
+	struct epoll_event ev = {.events = EPOLLIN, .data.fd = answer_fd};
+
+	if (hold != held && epoll_ctl(epoll_fd, hold ? EPOLL_CTL_DEL :
+								  EPOLL_CTL_ADD, answer_fd, &ev) == 0)
+		held = hold;
+}
+
+/*
+ * Moves the sockets of one descriptor that are ready; true if there are such
+ * whose answer is under way, too.
+ */
+static bool
+poll_sockets(int set)
+{
+	struct epoll_event events[READY_BATCH];
+	bool		answers = false;
+	int			n = READY_BATCH;
+
+	for (int round = 0; n == READY_BATCH && round < READY_ROUNDS; round++)
+	{
+		n = epoll_wait(set, events, READY_BATCH, 0);
+		for (int i = 0; i < n; i++)
+		{
+			int			what = 0;
+
+			if (events[i].data.fd == answer_fd)
+			{
+				answers = true;
+				continue;
+			}
+			if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+				what |= CURL_CSELECT_IN;
+			if (events[i].events & EPOLLOUT)
+				what |= CURL_CSELECT_OUT;
+			curl_multi_socket_action(multi, events[i].data.fd, what,
+									 &running);
+		}
+	}
+	return answers;
+}
+
 /* Moves whatever is ready, without waiting. */
 void
 chat_http_poll(void)
 {
-	struct epoll_event events[READY_BATCH];
 	sigset_t	mask;
-	int			n;
 
 	if (multi == NULL)
 		return;
 	block_signals(&mask);
-	n = epoll_wait(epoll_fd, events, READY_BATCH, 0);
-	for (int i = 0; i < n; i++)
-	{
-		int			what = 0;
-
-		if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-			what |= CURL_CSELECT_IN;
-		if (events[i].events & EPOLLOUT)
-			what |= CURL_CSELECT_OUT;
-		curl_multi_socket_action(multi, events[i].data.fd, what, &running);
-	}
+	if (poll_sockets(epoll_fd))
+		(void) poll_sockets(answer_fd);
 	if (timer_due >= 0 && now_ms() >= timer_due)
 	{
 		timer_due = -1;

@@ -66,6 +66,7 @@ typedef struct ChatTransfer
 	size_t		cap;
 	size_t		total;			/* bytes of the answer so far */
 	size_t		max_body;
+	curl_socket_t fd;			/* its last socket, -1 = none yet */
 	int			status;			/* HTTP status, 0 before the answer */
 	bool		event_stream;	/* content type is text/event-stream */
 	long		retry_after;	/* seconds, -1 when not told */
@@ -85,6 +86,7 @@ extern int	chat_http_start(void);
 extern ChatTransfer *chat_http_open(const ChatHttpRequest *req, void *owner);
 extern void chat_http_close(ChatTransfer *transfer);
 extern void chat_http_pause(ChatTransfer *transfer, bool pause);
+extern void chat_http_hold(bool hold);
 extern void chat_http_poll(void);
 extern long chat_http_timeout(void);
 extern ChatTransfer *chat_http_next(void);

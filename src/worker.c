@@ -76,7 +76,10 @@
  * of the others wait for no more than that between two flushes.
  */
 #define MANY_STREAMS 100
-#define BUSY_BATCH 16
+#define BUSY_BATCH 32
+/* chat.flush_interval is for so many streams, and up to MAX_PACE times that */
+#define PACE_STREAMS 666
+#define MAX_PACE 10
 /* ends of one transaction */
 #define MAX_ENDS 1000
 /* parked tasks of one transaction */
@@ -125,6 +128,7 @@ static int	limit = 0;			/* streams that may be open */
 static int64 flushed_at = 0;	/* the last flush began */
 static int64 flush_took = 0;
 static int64 flush_due = NEVER; /* not before, after an error */
+static bool reading_held = false;	/* answers are read at the next flush */
 static int64 check_due = NEVER; /* a stream's timeout */
 static int64 claim_due = 0;		/* 0 = the bell rang */
 static int64 rest_due = NEVER;	/* a retry, or locked jobs */
@@ -817,13 +821,29 @@ flush(void)
 		flush_due = chat_stream_clock() + 100;
 }
 
+/*
+ * Returns the time before which no flush begins, unless a new stream's: a few
+ * streams wait for nothing, many share their commits, and very many send more
+ * than one token between two.
+ */
+static int64
+next_pace(void)
+{
+	int64		interval = flush_interval;
+
+	if (nstreams <= FEW_STREAMS)
+		interval = 0;
+	else if (nstreams > PACE_STREAMS)
+		interval = Min(interval * nstreams / PACE_STREAMS,
+					   interval * MAX_PACE);
+	return flushed_at + Max(interval, flush_took);
+}
+
 /* Returns when the next flush is due, NEVER if there is nothing to flush. */
 static int64
 next_flush(void)
 {
-	/* a few streams wait for nothing; many share their commits */
-	int			interval = nstreams <= FEW_STREAMS ? 0 : flush_interval;
-	int64		pace = flushed_at + Max(interval, flush_took);
+	int64		pace = next_pace();
 	int64		due = NEVER;
 	dlist_iter	iter;
 
@@ -1365,11 +1385,18 @@ claim(void)
 	rest_due = chat_stream_clock() + claim_backoff;
 }
 
-/* True if the queue is to be looked at: also when there is no room for more. */
-static bool
-claim_is_due(int64 now)
+/*
+ * Returns when the queue is to be looked at: also when there is no room for
+ * more.  Where many streams share their commits, new ones share theirs, too.
+ */
+static int64
+next_claim(void)
 {
-	return claim_due <= now || rest_due <= now;
+	int64		due = Min(claim_due, rest_due);
+
+	if (reading_held && !crowded && !cancels_due && claim_mode == CLAIM_BATCH)
+		due = Max(due, next_pace());
+	return due;
 }
 
 /* ---------- requests beside the turns ---------- */
@@ -1683,7 +1710,9 @@ sleep_time(void)
 	long		http = chat_http_timeout();
 
 	due = Min(due, Min(chat_retention_due(), chat_side_due()));
-	due = Min(due, Min(claim_due, rest_due));
+	due = Min(due, next_claim());
+	if (reading_held)
+		due = Min(due, next_pace());
 	due = Min(due, chat_httptool_due());
 	if (turns_due || (tools_due && !paused) ||
 		(sides_due && may_claim()) || pg_atomic_read_u32(&chat_slot->rung))
@@ -1957,6 +1986,9 @@ receive(void)
 {
 	ChatTransfer *t;
 
+	/* what many send is read when it can be stored, at one go */
+	reading_held = nstreams > MANY_STREAMS && chat_stream_clock() < next_pace();
+	chat_http_hold(reading_held);
 	chat_http_poll();
 	while ((t = chat_http_next()) != NULL)
 	{
@@ -2033,7 +2065,7 @@ chat_worker_main(Datum slot)
 		if (turns_due)
 			turn();
 		/* what we waited for may have changed more than what we did */
-		if (claim_is_due(now) &&
+		if (next_claim() <= now &&
 			pg_atomic_read_u32(&chat_slot->recheck) == 0)
 		{
 			check_clock(now);
