@@ -278,12 +278,17 @@ CHAT_STMT(update_calls,
 		  " DELETE FROM chat.chat_job AS j USING call"
 		  " WHERE j.session_id = call.session_id AND j.kind = 'tool'"
 		  "  AND j.operation_id = call.operation_id"
-		  "  AND call.delivered)"
+		  "  AND call.delivered"
+		  "), message AS ("
 		  " UPDATE chat.chat_message AS m SET content = call.content,"
 		  "  metadata = CASE WHEN call.delivered THEN m.metadata - 'pending'"
 		  "   ELSE m.metadata END"
 		  " FROM call WHERE m.session_id = call.session_id"
-		  "  AND m.sequence = call.sequence AND call.content IS NOT NULL",
+		  "  AND m.sequence = call.sequence AND call.content IS NOT NULL"
+		  " RETURNING m.session_id)"
+		  " UPDATE chat.chat_session AS s SET updated_at = now()"
+		  " FROM (SELECT DISTINCT session_id FROM message) AS m"
+		  " WHERE s.id = m.session_id",
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
 		  BOOLARRAYOID, TEXTARRAYOID);
 

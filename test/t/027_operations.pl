@@ -107,6 +107,20 @@ my $turn = ends_well($task,
 	'client tool with an error');
 is(scalar(of_type($turn, 'tool-output-error')), 1, '  listeners see the error');
 
+# the session's updated_at goes with each result that is stored
+($session, $task) = start('tool=ask_user id=c1 tool=ask_user id=c2');
+wait_for_calls($task, 'waiting', 2);
+$node->safe_psql('postgres',
+	"UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = '$session'");
+as('ann', "chat.submit_tool_output('$session', 'c1', '1')");
+wait_for($node, "SELECT content = '1' FROM chat.chat_message"
+	  . " WHERE session_id = '$session' AND tool_call_id = 'c1'");
+is( $node->safe_psql('postgres',
+		"SELECT updated_at > '2001-01-01' FROM chat.chat_session WHERE id = '$session'"),
+	't', 'a result sets updated_at');
+as('ann', "chat.submit_tool_output('$session', 'c2', '2')");
+wait_for_task($node, $task);
+
 # approvals: allowed, denied, and one of the application's own
 ($session, $task) = start('tool=note args={"what":"it"} id=c1');
 my ($operation) = wait_for_calls($task, 'approval', 1);
