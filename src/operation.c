@@ -25,6 +25,7 @@
 #include "compat.h"
 #include "db.h"
 #include "field.h"
+#include "tool.h"
 #include "turn.h"
 
 PG_FUNCTION_INFO_V1(chat_complete_operation);
@@ -67,6 +68,15 @@ CHAT_STMT(end_call,
 		  " WHERE c.operation_id = $1 AND c.ended_at IS NULL"
 		  " AND ($4 IS NULL OR c.status = $4)",
 		  UUIDOID, TEXTOID, TEXTOID, TEXTOID);
+
+/* $1 operation, $2 time of an operation in ms: its end comes from elsewhere */
+CHAT_STMT(accept_call,
+		  "UPDATE chat.chat_tool_call AS c SET long_running = true,"
+		  " announced = false,"
+		  " deadline = now() + COALESCE(c.timeout, $2 * '1 ms'::interval)"
+		  " WHERE c.operation_id = $1 AND c.status = 'waiting'"
+		  " AND NOT c.long_running",
+		  UUIDOID, INT4OID);
 
 /* $1 operation, $2 success, $3 result, $4 error */
 CHAT_STMT(keep_late,
@@ -358,6 +368,19 @@ take_call(FunctionCallInfo fcinfo, const ChatScope *scope, const char *status,
 	return true;
 }
 
+/* Takes what the application says of a call: its end, or that it goes on. */
+static bool
+take_output(const Call *c, const Outcome *o)
+{
+	char	   *text = outcome_text(c, o, "tool_failed");
+	Datum		values[2] = {UUIDPGetDatum(&c->operation),
+	Int32GetDatum(chat_turn_operation_timeout())};
+
+	if (o->success && chat_tool_is_accepted(text))
+		return chat_db_exec(&accept_call, values, NULL) > 0;
+	return end(c, o->success ? "completed" : "failed", text, "waiting");
+}
+
 /* submit_tool_output: returns whether a call has waited for it. */
 Datum
 chat_submit_tool_output(PG_FUNCTION_ARGS)
@@ -372,8 +395,7 @@ chat_submit_tool_output(PG_FUNCTION_ARGS)
 	o.success = o.error == NULL;
 	chat_db_enter(&scope);
 	ended = take_call(fcinfo, &scope, "waiting", "client", &c) &&
-		end(&c, o.success ? "completed" : "failed",
-			outcome_text(&c, &o, "tool_failed"), "waiting");
+		take_output(&c, &o);
 	chat_db_leave(&scope);
 	PG_RETURN_BOOL(ended);
 }

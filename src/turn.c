@@ -680,8 +680,6 @@ announce(Turn *t, Call *c)
 		c->announced = !c->long_running;
 		return;
 	}
-	if (strcmp(c->kind, "client") == 0)
-		return;
 	log_started(t, c);
 	initStringInfo(&json);
 	appendStringInfoString(&json, "{\"type\":\"operation_pending\"");
@@ -696,8 +694,7 @@ announce(Turn *t, Call *c)
 static bool
 is_operation(const Call *c)
 {
-	return c->long_running && strcmp(c->kind, "client") != 0 &&
-		strcmp(c->status, "approval") != 0;
+	return c->long_running && strcmp(c->status, "approval") != 0;
 }
 
 /* Looks at one call; false if it goes on. */

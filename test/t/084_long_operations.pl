@@ -236,6 +236,26 @@ is_deeply([ map { $_->{shown} } calls($node, $task) ], [ '{"n": 1}', '{"n": 2}',
 is($turn->{steps}, 2, 'T55: one continuation');
 sound($turn, $node, 'accepted');
 
+# the application, too: its output says so, and its session is free from then on
+($session, $task) = start($node, '[[tool=ask_user id=c1 tool=ask_user id=c2]]');
+@operations = wait_for_calls($node, $task, 'waiting', 2);
+foreach my $id ('c1', 'c2')
+{
+	is(as_role($node, 'ann', qq(SELECT chat.submit_tool_output('$session', '$id', '{"status": "accepted"}'))), 't',
+		"a client tool says that $id goes on elsewhere");
+}
+is(as_role($node, 'ann', qq(SELECT chat.submit_tool_output('$session', 'c1', '{"status": "accepted"}'))), 'f', '  once');
+wait_for($node, "SELECT detached FROM chat.chat_task WHERE id = '$task'");
+is(decode((calls($node, $task))[0]{shown})->{type}, 'operation_pending', '  the pending document is in the tool message');
+is(wait_for_task($node, ask($node, $session, 'meanwhile [[text=yes]]'))->{status}, 'completed', '  the session is free');
+is(complete($operations[0], q('"a"')), 'completed', '  a callback ends one');
+is(as_role($node, 'ann', qq(SELECT chat.submit_tool_output('$session', 'c2', '"b"'))), 't', '  the application the other');
+$turn = turn_of($node, $task);
+is_deeply([ map { $_->{shown} } calls($node, $task) ], [ 'a', 'b' ], '  both results are there');
+is_deeply([ map { $_->{output}{type} } grep { $_->{preliminary} } of_type($turn, 'tool-output-available') ],
+	[ ('operation_started') x 2 ], '  listeners heard that they go on');
+sound($turn, $node, 'a client tool that goes on');
+
 #
 # A long SQL tool runs in its own time
 #
