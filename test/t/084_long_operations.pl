@@ -213,6 +213,17 @@ $turn = turn_of($node, $task);
 is((calls($node, $task))[0]{shown}, 'done', '  it ends where it was started');
 sound($turn, $node, 'the first of them');
 sound_requests($fake, 'the same operation');
+# nor twice in one step
+$fake->forget;
+($session, $task) = start($node, "[[tool=job id=c1 args=$args tool=job id=c2 args=$args tool=now id=c3 tool=now id=c4]]");
+my ($one) = wait_for_calls($node, $task, 'waiting', 1);
+is(scalar(grep { $_->{path} eq '/tools/job' } $fake->requests), 1, 'the same operation twice in a step: one request');
+complete($one, q('"once"'));
+$turn = turn_of($node, $task);
+my @twice = map { $_->{shown} } calls($node, $task);
+is_deeply([ @{ decode($twice[1]) }{qw(type operation_id)} ], [ 'operation_in_progress', $one ], '  the other call says so');
+is_deeply([ @twice[ 0, 2, 3 ] ], [ 'once', ('at once') x 2 ], '  what is no operation runs as often as it is asked for');
+sound($turn, $node, 'the same operation twice in a step');
 ($other) = (start($node, "[[tool=job id=c1 args=$args]]"))[1];
 wait_for_calls($node, $other, 'waiting', 1);
 pass('  after that, or in another session, it is another one');
