@@ -78,7 +78,8 @@ CHAT_STMT(park_tasks,
 		  "    AND o.long_running AND o.tool_id = k.id"
 		  "    AND o.input = c.item->'input' LIMIT 1) AS earlier,"
 		  "  CASE WHEN c.item->>'error' IS NOT NULL THEN c.item->>'error'"
-		  "   WHEN c.place > $3 THEN 'more than ' || $3 || ' calls in one step'"
+		  "   WHEN jsonb_array_length(ok.calls::jsonb) > $3"
+		  "   THEN 'the step has more than ' || $3 || ' calls'"
 		  "   WHEN k.id IS NULL THEN 'there is no such tool'"
 		  "   ELSE (SELECT 'the required property \"' || r || '\" is missing'"
 		  "    FROM jsonb_array_elements_text(CASE jsonb_typeof("
@@ -746,13 +747,10 @@ end_task(Turn *t, ChatEndKind kind, const char *error, const char *event)
 		chat_event_add(&t->log, CurrentMemoryContext, event);
 }
 
-/* Ends a task that has made all the steps it may. */
+/* Ends a task that has reached a limit. */
 static void
-end_by_limit(Turn *t)
+end_by_limit(Turn *t, const char *text)
 {
-	char	   *text = psprintf("the task has reached chat.max_steps (%d)",
-								max_steps);
-
 	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"finish-step\"}");
 	end_task(t, CHAT_END_FAILED,
 			 psprintf("{\"code\":\"limit_reached\",\"retryable\":false,\"message\":\"%s\"}", text),
@@ -765,9 +763,16 @@ end_by_limit(Turn *t)
 static void
 next_step(Turn *t)
 {
+	if (t->ncalls > max_tool_calls)
+	{
+		end_by_limit(t, psprintf("a step of the task has more calls than chat.max_tool_calls (%d)",
+								 max_tool_calls));
+		return;
+	}
 	if (t->steps >= max_steps)
 	{
-		end_by_limit(t);
+		end_by_limit(t, psprintf("the task has reached chat.max_steps (%d)",
+								 max_steps));
 		return;
 	}
 	if (t->busy)

@@ -229,7 +229,8 @@ $node->safe_psql('postgres', 'ALTER SYSTEM SET chat.max_steps = 3;'
 wait_for($node, "SELECT current_setting('chat.max_steps') = '3'");
 @turns = turns('[[tool=hello id=a steps=50]]', '[[tool=hello id=a steps=2]]',
 	'[[tool=hello id=a tool=hello id=b tool=hello id=c]]',
-	'[[tool=long args={"n":101} id=a tool=long args={"n":100} id=b]]');
+	'[[tool=long args={"n":101} id=a tool=long args={"n":100} id=b]]',
+	'[[tool=hello id=a tool=hello id=b]]');
 is($turns[0]{status}, 'failed', 'chat.max_steps');
 is($turns[0]{error}{code}, 'limit_reached', '  the code');
 like($turns[0]{error}{message}, qr/chat\.max_steps \(3\)/, '  the reason');
@@ -238,9 +239,14 @@ is((of_type($turns[0], 'finish'))[0]{finishReason}, 'error', '  listeners see wh
 is((of_type($turns[0], 'error'))[0]{code}, 'limit_reached', '  with its code');
 sound($turns[0], $node, 'chat.max_steps');
 is($turns[1]{status}, 'completed', 'just below it');
-is_deeply([ @{ told($turns[2]) }[ 0, 1 ] ], [ ('hello world') x 2 ], 'chat.max_tool_calls: those that may run');
-like(told($turns[2])->[2], qr/more than 2 calls in one step/, '  the one that may not');
+is($turns[2]{status}, 'failed', 'chat.max_tool_calls');
+is($turns[2]{error}{code}, 'limit_reached', '  the code');
+like($turns[2]{error}{message}, qr/chat\.max_tool_calls \(2\)/, '  the reason');
+is_deeply([ map { $_->{code} } of_type($turns[2], 'error') ], ['limit_reached'], '  listeners see it');
+like($_, qr/the step has more than 2 calls/, '  none of the calls runs') foreach @{ told($turns[2]) };
+is(scalar @{ told($turns[2]) }, 3, '  each has its result');
 sound($turns[2], $node, 'chat.max_tool_calls');
+is_deeply(told($turns[4]), [ ('hello world') x 2 ], '  as many as that do');
 is(told($turns[3])->[0], ("\x{e9}" x 100) . "\n[cut: 100 of 101 characters are shown]",
 	'chat.max_tool_output_length: cut, with a marker');
 is(told($turns[3])->[1], "\x{e9}" x 100, '  not when it fits');
