@@ -46,7 +46,7 @@ register($node, 'ann', kind => 'http', name => 'brief', server => 'services', pa
 register($node, 'ann', kind => 'http', name => 'accepts', server => 'services', path => '/job');
 register($node, 'ann', kind => 'client', name => 'ask_user');
 register($node, 'ann', kind => 'client', name => 'ask_briefly', timeout => '300 ms');
-register($node, 'ann', function => 'app.now', name => 'ask_first', approval => 'ask', timeout => '300 ms');
+register($node, 'ann', function => 'app.now', name => 'ask_first', approval => 'ask', timeout => '1 ms');
 register($node, 'ann', function => 'app.slow', name => 'ask_slow', approval => 'ask', long_running => 'on');
 
 my $args = value('{"command":"status=202"}');
@@ -344,9 +344,21 @@ sound($turn, $node, 'both kinds');
 
 # deadlines
 ($session, $task) = start($node, '[[tool=ask_briefly id=c1 tool=ask_first id=c2]]');
+wait_for($node, "SELECT status = 'failed' FROM chat.chat_tool_call WHERE task_id = '$task' AND call_id = 'c1'");
+is(row($node, "SELECT status FROM chat.chat_tool_call WHERE task_id = '$task' AND call_id = 'c2'")->{status}, 'approval',
+	"the tool's own time is not that of the approval");
+as_role($node, 'ann', "SELECT chat.deny_tool_call('$session', 'c2')");
 $turn = turn_of($node, $task);
-is_deeply([ map { decode($_->{shown})->{code} } calls($node, $task) ], [ ('timeout') x 2 ],
-	'nobody answers, nobody approves: the model is told');
+is_deeply([ map { decode($_->{shown})->{code} } calls($node, $task) ], [ 'timeout', 'denied' ],
+	'nobody answers: the model is told');
+sound($turn, $node, 'a deadline of a client tool');
+$node->safe_psql('postgres', "ALTER SYSTEM SET chat.operation_timeout = '300ms'; SELECT pg_reload_conf()");
+wait_for($node, "SELECT current_setting('chat.operation_timeout') = '300ms'");
+($session, $task) = start($node, '[[tool=ask_first id=c1]]');
+$turn = turn_of($node, $task);
+$node->safe_psql('postgres', 'ALTER SYSTEM RESET chat.operation_timeout; SELECT pg_reload_conf()');
+wait_for($node, "SELECT current_setting('chat.operation_timeout') = '10min'");
+is(decode((calls($node, $task))[0]{shown})->{code}, 'timeout', 'nobody approves: the model is told');
 is(scalar(of_type($turn, 'tool-approval-request')), 1, '  listeners were asked');
 sound($turn, $node, 'deadlines');
 
