@@ -386,7 +386,25 @@ chat_tool_orphans(void)
 	return found;
 }
 
-/* Writes what running tools of this database have reported. */
+/* Keeps a report that could not be told, unless there is a newer one. */
+static void
+keep_report(ChatSlot *slot, const pg_uuid_t *operation, const char *report)
+{
+	LWLockAcquire(chat_shared->lock, LW_EXCLUSIVE);
+	if (slot->kind == CHAT_SLOT_TOOL && slot->running &&
+		slot->progress_len == 0 &&
+		memcmp(&slot->operation, operation, UUID_LEN) == 0)
+	{
+		slot->progress_len = (int) strlen(report);
+		memcpy(slot->progress, report, slot->progress_len);
+	}
+	LWLockRelease(chat_shared->lock);
+}
+
+/*
+ * Writes what running tools of this database have reported.  A task that
+ * somebody holds is told with the next report of any tool.
+ */
 int
 chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks)
 {
@@ -408,9 +426,12 @@ chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks)
 			slot->progress_len = 0;
 		}
 		LWLockRelease(chat_shared->lock);
-		if (report && chat_turn_progress(&operation, report, batch,
-										 &(*tasks)[n]))
+		if (report == NULL)
+			continue;
+		if (chat_turn_progress(&operation, report, batch, &(*tasks)[n]))
 			n++;
+		else
+			keep_report(slot, &operation, report);
 	}
 	return n;
 }

@@ -362,17 +362,22 @@ CHAT_STMT(ring_job,
 /*
  * $1 operation, $2 first run of this timeline: takes the next number of the
  * task's stream.  A task that was not yet seen on this timeline has its turn
- * first.
+ * first; one that somebody holds is not waited for.
  */
 CHAT_STMT(next_seq,
-		  "UPDATE chat.chat_job AS j SET last_seq = j.last_seq + 1"
+		  "WITH picked AS MATERIALIZED ("
+		  " SELECT j.id, t.id AS task, t.slot, s.channel, c.call_id"
 		  " FROM chat.chat_tool_call AS c"
 		  " JOIN chat.chat_task AS t ON t.id = c.task_id AND t.run >= $2"
 		  " JOIN chat.chat_session AS s ON s.id = c.session_id"
+		  " JOIN chat.chat_job AS j ON j.session_id = c.session_id"
+		  "  AND j.task_id = c.task_id AND j.kind = 'completion'"
+		  "  AND j.parked AND j.holder IS NULL"
 		  " WHERE c.operation_id = $1 AND c.ended_at IS NULL"
-		  "  AND j.session_id = c.session_id AND j.task_id = c.task_id"
-		  "  AND j.kind = 'completion' AND j.parked AND j.holder IS NULL"
-		  " RETURNING j.last_seq, t.id, t.slot, s.channel::text, c.call_id",
+		  " FOR UPDATE OF j SKIP LOCKED)"
+		  " UPDATE chat.chat_job AS j SET last_seq = j.last_seq + 1"
+		  " FROM picked AS p WHERE j.id = p.id"
+		  " RETURNING j.last_seq, p.task, p.slot, p.channel::text, p.call_id",
 		  UUIDOID, INT4OID);
 
 /* $1 database */

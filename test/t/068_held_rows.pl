@@ -10,6 +10,7 @@ use lib "$FindBin::RealBin/lib";
 use ChatTest;
 use ChatTest::Crash;
 use ChatTest::Tools;
+use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $fake = start_fake();
@@ -98,6 +99,35 @@ $holder->query_safe('ROLLBACK');
 is(wait_for_task($node, $task)->{status}, 'completed', 'it is stored later');
 is((calls($node, $task))[0]{result}, 'met', '  as it was');
 $node->safe_psql('postgres', 'ALTER ROLE ann RESET lock_timeout');
+
+# the progress of a function whose task is held: it is told with the next one
+$node->safe_psql('postgres', <<'EOS');
+CREATE FUNCTION app.report(n integer) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+	FOR i IN 1 .. n LOOP
+		PERFORM chat.report_progress(to_jsonb(i)), pg_advisory_xact_lock(i);
+	END LOOP;
+	RETURN 'reported';
+END $$;
+EOS
+register($node, 'ann', function => 'app.report');
+my $gate = session($node);
+$gate->query_safe('SELECT pg_advisory_lock(1), pg_advisory_lock(2)');
+($session, $task) = start($node, 'go [[tool=report args={"n":2} steps=1]]');
+my $told = "SELECT count(*) FROM chat.chat_event WHERE task_id = '$task' AND payload->>'preliminary' = 'true'";
+wait_for($node, "SELECT ($told) = 1");
+my $log = -s $node->logfile;
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT chat.cancel_task('$task')");
+$gate->query_safe('SELECT pg_advisory_unlock(1)');
+wait_for($node, "SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = 2 AND NOT granted");
+others_go_on('progress that cannot be told');
+is($node->safe_psql('postgres', $told), 1, '  it is not told');
+unlike(slurp_file($node->logfile, $log), qr/lock timeout/, '  and nobody waits for that');
+$holder->query_safe('ROLLBACK');
+$gate->query_safe('SELECT pg_advisory_unlock(2)');
+is(wait_for_task($node, $task)->{status}, 'completed', '  its task ends');
+$gate->quit;
 
 # a parked task that is due, in a session that is locked
 ($session, $task) = start($node, 'go [[tool=ask_user args={} steps=1]]');
