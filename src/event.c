@@ -352,7 +352,7 @@ fill_slots(const ChatEventBatch *batch, int16 slot, int *row,
 
 /*
  * Appends the rows of one slot to its partition, as COPY would: by pages, and
- * without a plan.  Triggers and rules have no part in it.
+ * without a plan.  Constraints hold; triggers and rules have no part in it.
  */
 static void
 append_rows(const ChatEventBatch *batch, int16 slot)
@@ -375,6 +375,8 @@ append_rows(const ChatEventBatch *batch, int16 slot)
 	while ((n = fill_slots(batch, slot, &row, slots, ROWS_AT_ONCE)) > 0)
 	{
 		MemoryContextSwitchTo(GetPerTupleMemoryContext(estate));
+		for (int i = 0; i < n && rel->rd_att->constr; i++)
+			ExecConstraints(result, slots[i], estate);
 		table_multi_insert(rel, slots, n, GetCurrentCommandId(true), 0, NULL);
 		for (int i = 0; i < n; i++)
 			(void) chat_insert_index_tuples(result, slots[i], estate);

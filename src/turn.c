@@ -178,27 +178,33 @@ CHAT_STMT(seal_jobs,
 		  "  AND j." CHAT_HELD_BY("$1"),
 		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID);
 
-/* $1 holder, $2 database, $3 limit, $4 first run of this timeline */
+/*
+ * $1 holder, $2 database, $3 limit, $4 first run of this timeline
+ *
+ * The task is locked, too: its slot is that of now, and stays it (another
+ * worker may be about to move its events, see retention.c).
+ */
 CHAT_STMT(pick_turns,
 		  "WITH picked AS MATERIALIZED ("
-		  " SELECT j.id, s.channel FROM chat.chat_job AS j"
+		  " SELECT j.id, s.channel, t.slot FROM chat.chat_job AS j"
 		  " JOIN chat.chat_session AS s ON s.id = j.session_id"
+		  " JOIN chat.chat_task AS t ON t.id = j.task_id"
 		  " WHERE j.holder IS NULL AND j.kind = 'completion' AND j.parked"
 		  "  AND j.database = $2 AND j.run_at <= now()"
 		  " ORDER BY j.run_at, j.id LIMIT $3"
 		  " FOR UPDATE OF j SKIP LOCKED"
-		  " FOR NO KEY UPDATE OF s SKIP LOCKED"
+		  " FOR NO KEY UPDATE OF s, t SKIP LOCKED"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1"
 		  " FROM picked AS p WHERE j.id = p.id"
 		  " RETURNING j.id, j.epoch, j.session_id, j.task_id, j.owner,"
-		  "  j.cancel, j.last_seq, p.channel"
+		  "  j.cancel, j.last_seq, p.channel, p.slot"
 		  "), task AS ("
 		  " UPDATE chat.chat_task AS t SET run = GREATEST(t.run, $4)"
 		  " FROM job WHERE t.id = job.task_id AND t.run < $4 RETURNING t.id)"
 		  " SELECT j.id, j.epoch, j.session_id, j.task_id, j.owner, j.cancel,"
 		  "  j.last_seq, j.channel::text, GREATEST(t.run, $4), t.run < $4,"
-		  "  t.slot, t.steps, t.detached, t.status"
+		  "  j.slot, t.steps, t.detached, t.status"
 		  " FROM job AS j JOIN chat.chat_task AS t ON t.id = j.task_id"
 		  " ORDER BY j.id",
 		  INT8OID, OIDOID, INT4OID, INT4OID);

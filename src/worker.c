@@ -1760,8 +1760,11 @@ strays_work(void *arg)
 	int			n = chat_queue_strays(&strays, skipped);
 
 	for (int i = 0; i < n; i++)
+	{
 		if (strays[i].told)
 			collect_stray(&batch, &strays[i]);
+		chat_shmem_publish_at_commit(&strays[i].task);
+	}
 	write_events(&batch, false);
 	if (n > 0)
 		ereport(LOG,

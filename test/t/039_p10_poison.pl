@@ -110,10 +110,10 @@ ended($_, 'completed', 'and all of it after the storm') foreach @hit;
 # the same in the middle of an answer
 my @turns = start_turns($node, 3, 'm [[tokens=4 gateat=2:n]]');
 $fake->get_json('/gate/n?wait=3');
-$node->safe_psql('postgres', 'ALTER TABLE chat.chat_event RENAME TO hidden');
+$node->safe_psql('postgres', 'ALTER TABLE chat.chat_event_0 RENAME TO hidden');
 $fake->open_gate('n', 3);
 $node->wait_for_log(qr/could not store/);
-$node->safe_psql('postgres', 'ALTER TABLE chat.hidden RENAME TO chat_event');
+$node->safe_psql('postgres', 'ALTER TABLE chat.hidden RENAME TO chat_event_0');
 foreach my $turn (@turns)
 {
 	ended($turn->{task}, 'completed', 'a table that was away for a while');

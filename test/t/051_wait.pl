@@ -168,6 +168,25 @@ my (undef, undef, $error) = $node->psql('postgres',
 	"SELECT * FROM chat.wait_task_events('$task', 0, '31 s')");
 like($error, qr/timeout is out of range/, 'more than 30 s is refused');
 
+# whoever waits for a task that nobody will run learns of its end, too, and
+# not by its timeout
+foreach my $message ('running [[tokens=2 gate=lost]]', 'queued')
+{
+	my $id = create_session($node)->{id};
+	my $lost = ask($node, $id, 'running [[tokens=2 gate=lost]]');
+	$fake->wait_at_gate('lost');
+	$lost = ask($node, $id, 'queued') if $message eq 'queued';
+	$query = start_query("SELECT count(*) > 0, clock_timestamp() < statement_timestamp() + '25 s'"
+		  . " FROM chat.wait_task_events('$lost', 99)");
+	sleeper('wait_task_events');
+	$node->safe_psql('postgres', 'TRUNCATE chat.chat_job');
+	is(finish_query($query), 't|t', "T46: a reader of a task that has lost its job: $message");
+	is(wait_for_task($node, $lost)->{error}{code}, 'restored', 'which is what it is told');
+}
+$session = create_session($node);
+$task = ask($node, $session->{id}, 'stay [[tokens=2 gate=stay]]');
+$fake->wait_at_gate('stay');
+
 # within a transaction each call sees what is new
 $query = start_query(
 	"BEGIN; SELECT 1; SELECT payload->>'type' FROM chat.wait_task_events('$task', 2, max_rows => 1); COMMIT");
