@@ -172,6 +172,8 @@ CREATE TABLE chat.chat_job (
 	waited integer NOT NULL DEFAULT 0,
 	-- tokens of its next request: the endpoint has refused a larger one
 	shrink_to bigint,
+	-- usage of the step's attempts that were given up
+	spent jsonb,
 	-- what a title or a summary was asked for
 	input jsonb,
 	-- identity of the worker that holds it

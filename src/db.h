@@ -60,6 +60,17 @@ typedef struct ChatStmt
 	" UNION ALL SELECT " columns " FROM chat.chat_task AS b" \
 	"  WHERE b.session_id = " session " AND b.status = 'queued'"
 
+/*
+ * Tokens of a step that ends and of its attempts that were given up.  "ok" has
+ * the step's prompt, completion and usage, and spent, the job's.
+ */
+#define CHAT_STEP_TOKENS(which) \
+	"ok." which " + COALESCE((ok.spent->>'" which "_tokens')::bigint, 0)"
+#define CHAT_STEP_USAGE(task) \
+	"CASE WHEN " task ".usage IS NULL AND ok.spent IS NULL" \
+	" THEN ok.usage::jsonb ELSE chat.add_usage(chat.add_usage(" \
+	task ".usage, ok.spent), ok.usage::jsonb) END"
+
 /* What chat_db_enter() changes and chat_db_leave() restores. */
 typedef struct ChatScope
 {

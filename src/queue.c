@@ -251,9 +251,9 @@ CHAT_STMT(finish_jobs,
 		  "), gone AS ("
 		  " DELETE FROM chat.chat_job AS j USING e"
 		  " WHERE j.id = e.job AND j.epoch = e.epoch"
-		  "  AND j." CHAT_HELD_BY("$1") " RETURNING j.id"
+		  "  AND j." CHAT_HELD_BY("$1") " RETURNING j.id, j.spent"
 		  "), ok AS MATERIALIZED ("
-		  " SELECT e.*, s.next_sequence, s.owner,"
+		  " SELECT e.*, gone.spent, s.next_sequence, s.owner,"
 		  "  t.superseded IS NOT DISTINCT FROM 'rollback' AS hide"
 		  " FROM e JOIN gone ON gone.id = e.job"
 		  " JOIN chat.chat_session AS s ON s.id = e.session"
@@ -276,20 +276,22 @@ CHAT_STMT(finish_jobs,
 		  "), session AS ("
 		  " UPDATE chat.chat_session AS s"
 		  " SET next_sequence = s.next_sequence + ok.has_message::int,"
-		  "  total_prompt_tokens = s.total_prompt_tokens + ok.prompt,"
-		  "  total_completion_tokens"
-		  "   = s.total_completion_tokens + ok.completion,"
+		  "  total_prompt_tokens"
+		  "   = s.total_prompt_tokens + " CHAT_STEP_TOKENS("prompt") ","
+		  "  total_completion_tokens = s.total_completion_tokens"
+		  "   + " CHAT_STEP_TOKENS("completion") ","
 		  "  updated_at = now()"
 		  " FROM ok WHERE s.id = ok.session"
 		  "), task AS ("
 		  " UPDATE chat.chat_task AS t SET status = ok.status,"
 		  "  error = ok.error::jsonb, finished_at = now(),"
 		  "  steps = t.steps + (ok.usage IS NOT NULL)::int,"
-		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
-		  "  completion_tokens = t.completion_tokens + ok.completion,"
+		  "  prompt_tokens"
+		  "   = t.prompt_tokens + " CHAT_STEP_TOKENS("prompt") ","
+		  "  completion_tokens"
+		  "   = t.completion_tokens + " CHAT_STEP_TOKENS("completion") ","
 		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
-		  "  usage = CASE WHEN t.usage IS NULL THEN ok.usage::jsonb"
-		  "   ELSE chat.add_usage(t.usage, ok.usage::jsonb) END"
+		  "  usage = " CHAT_STEP_USAGE("t")
 		  " FROM ok WHERE t.id = ok.task"
 		  /* a task that waits for the session to be free */
 		  "), parked AS ("
@@ -322,14 +324,15 @@ CHAT_STMT(finish_jobs,
 /*
  * $1 holder, then arrays: $2 job, $3 epoch, $4 run at, $5 reset, $6 last seq,
  * $7 attempts to give back, $8 what they wait for, $9 tokens of the next
- * request or 0.  Does not wait for a row that is locked: whoever
+ * request or 0, $10 usage of the attempt or NULL.  Does not wait for a row that is locked: whoever
  * deletes a session does, and then the job is gone anyway.
  */
 CHAT_STMT(release_jobs,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
 		  "  unnest($2), unnest($3), unnest($4), unnest($5), unnest($6),"
-		  "  unnest($7), unnest($8), unnest($9))"
-		  "  AS u (job, epoch, run_at, reset, last_seq, refund, waited, shrink)"
+		  "  unnest($7), unnest($8), unnest($9), unnest($10))"
+		  "  AS u (job, epoch, run_at, reset, last_seq, refund, waited, shrink,"
+		  "  usage)"
 		  "), mine AS ("
 		  " SELECT j.id FROM chat.chat_job AS j JOIN e ON e.job = j.id"
 		  "  AND e.epoch = j.epoch WHERE j." CHAT_HELD_BY("$1")
@@ -339,12 +342,14 @@ CHAT_STMT(release_jobs,
 		  "  run_at = CASE WHEN j.cancel THEN '-infinity' ELSE e.run_at END,"
 		  "  reset = e.reset, last_seq = e.last_seq,"
 		  "  attempts = j.attempts - e.refund, waited = j.waited | e.waited,"
-		  "  shrink_to = COALESCE(NULLIF(e.shrink, 0), j.shrink_to)"
+		  "  shrink_to = COALESCE(NULLIF(e.shrink, 0), j.shrink_to),"
+		  "  spent = CASE WHEN e.usage IS NULL THEN j.spent"
+		  "   ELSE chat.add_usage(j.spent, e.usage::jsonb) END"
 		  " FROM e JOIN mine ON mine.id = e.job WHERE j.id = e.job"
 		  " RETURNING j.id",
 		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, TIMESTAMPTZARRAYOID,
 		  BOOLARRAYOID, INT8ARRAYOID, INT4ARRAYOID, INT4ARRAYOID,
-		  INT8ARRAYOID);
+		  INT8ARRAYOID, TEXTARRAYOID);
 
 /* $1 database */
 CHAT_STMT(list_holders,
@@ -698,7 +703,7 @@ void
 chat_queue_release(int64 holder, ChatEnd **ends, int n)
 {
 	Datum	   *values = palloc(sizeof(Datum) * n);
-	Datum		params[9];
+	Datum		params[10];
 	int			at = 0;
 
 	params[at++] = Int64GetDatum(holder);
@@ -710,6 +715,7 @@ chat_queue_release(int64 holder, ChatEnd **ends, int n)
 	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(ends[i]->kind == CHAT_END_GIVE_BACK));
 	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(ends[i]->waited));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->shrink_to));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->usage));
 	chat_db_exec(&release_jobs, params, NULL);
 	chat_queue_mark(ends, n);
 }

@@ -1002,6 +1002,8 @@ plan_retry(ChatStream *s, bool retryable)
 	s->end.kind = CHAT_END_RETRY;
 	s->end.run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
 	s->end.reset = s->content_seen || s->end.reset;
+	if (s->has_usage || has_cost(s, &s->end))
+		settle_usage(s, &s->end);
 	return true;
 }
 

@@ -52,7 +52,8 @@ CHAT_STMT(park_tasks,
 		  "  AS u (job, epoch, session, task, answer, content, refusal,"
 		  "  tool_calls, metadata, prompt, completion, usage, calls)"
 		  "), ok AS MATERIALIZED ("
-		  " SELECT e.*, s.next_sequence, s.owner, t.steps + 1 AS step,"
+		  " SELECT e.*, j.spent, s.next_sequence, s.owner,"
+		  "  t.steps + 1 AS step,"
 		  "  (s.settings || t.options) -> 'tools' AS allowed"
 		  " FROM e JOIN chat.chat_job AS j ON j.id = e.job"
 		  "  AND j.epoch = e.epoch AND j." CHAT_HELD_BY("$1")
@@ -150,17 +151,20 @@ CHAT_STMT(park_tasks,
 		  " UPDATE chat.chat_session AS s"
 		  " SET next_sequence = s.next_sequence + 1"
 		  "   + jsonb_array_length(ok.calls::jsonb),"
-		  "  total_prompt_tokens = s.total_prompt_tokens + ok.prompt,"
-		  "  total_completion_tokens"
-		  "   = s.total_completion_tokens + ok.completion,"
+		  "  total_prompt_tokens"
+		  "   = s.total_prompt_tokens + " CHAT_STEP_TOKENS("prompt") ","
+		  "  total_completion_tokens = s.total_completion_tokens"
+		  "   + " CHAT_STEP_TOKENS("completion") ","
 		  "  updated_at = now()"
 		  " FROM ok WHERE s.id = ok.session"
 		  "), task AS ("
 		  " UPDATE chat.chat_task AS t SET steps = ok.step,"
-		  "  prompt_tokens = t.prompt_tokens + ok.prompt,"
-		  "  completion_tokens = t.completion_tokens + ok.completion,"
+		  "  prompt_tokens"
+		  "   = t.prompt_tokens + " CHAT_STEP_TOKENS("prompt") ","
+		  "  completion_tokens"
+		  "   = t.completion_tokens + " CHAT_STEP_TOKENS("completion") ","
 		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
-		  "  usage = chat.add_usage(t.usage, ok.usage::jsonb)"
+		  "  usage = " CHAT_STEP_USAGE("t")
 		  " FROM ok WHERE t.id = ok.task)"
 		  " SELECT job FROM ok",
 		  INT8OID, OIDOID, INT4OID, INT4OID, INT8ARRAYOID, INT8ARRAYOID,
@@ -171,7 +175,8 @@ CHAT_STMT(park_tasks,
 /* $1 holder, arrays: $2 job, $3 epoch, $4 last seq */
 CHAT_STMT(seal_jobs,
 		  "UPDATE chat.chat_job AS j SET holder = NULL, parked = true,"
-		  " attempts = 0, run_at = '-infinity', last_seq = e.last_seq"
+		  " attempts = 0, run_at = '-infinity', last_seq = e.last_seq,"
+		  " spent = NULL"
 		  " FROM ROWS FROM (unnest($2), unnest($3), unnest($4))"
 		  "  AS e (job, epoch, last_seq)"
 		  " WHERE j.id = e.job AND j.epoch = e.epoch"

@@ -60,23 +60,33 @@ chat_usage_init(void)
 							PGC_SUSET, 0, NULL, NULL, NULL);
 }
 
+/* True if the user of a session has used up the day's tokens. */
+bool
+chat_usage_is_over(const pg_uuid_t *session, int64 *used, int *most)
+{
+	Datum		values[1] = {UUIDPGetDatum(session)};
+
+	*most = max_tokens;
+	if (max_tokens == 0)
+		return false;
+	chat_db_exec(&used_today, values, NULL);
+	*used = chat_db_int64(0, 1, 0);
+	return *used >= max_tokens;
+}
+
 /* Raises an error when the user of a session has used up the day's tokens. */
 void
 chat_usage_check(const pg_uuid_t *session)
 {
-	Datum		values[1] = {UUIDPGetDatum(session)};
 	int64		used;
+	int			most;
 
-	if (max_tokens == 0)
-		return;
-	chat_db_exec(&used_today, values, NULL);
-	used = chat_db_int64(0, 1, 0);
-	if (used >= max_tokens)
+	if (chat_usage_is_over(session, &used, &most))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("the user's tokens of this day are used up"),
 				 errdetail("They are " INT64_FORMAT "; chat.max_tokens_per_user_per_day is %d.",
-						   used, max_tokens),
+						   used, most),
 				 errhint("The next day begins at midnight UTC.")));
 }
 

@@ -65,6 +65,8 @@
 #include "title.h"
 #include "tool.h"
 #include "turn.h"
+#include "usage.h"
+#include "usage.h"
 #include "worker.h"
 
 /* jobs of one claim; more follow in the next turn of the loop */
@@ -920,6 +922,8 @@ admit(ChatStream *s, const ChatJob *job)
 	const ChatWindow *w = &s->window;
 	int64		most = chat_window_limit(job, "max_tokens_per_task",
 										 s->server->max_tokens_per_task);
+	int64		used;
+	int			limit_of_day;
 
 	if (w->frame_too_large)
 		chat_stream_fail(s, CHAT_ERROR_CONTEXT_LENGTH_EXCEEDED, false, 0,
@@ -929,6 +933,10 @@ admit(ChatStream *s, const ChatJob *job)
 		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0,
 						 psprintf("the task has used " INT64_FORMAT " tokens and would use " INT64_FORMAT " more, max_tokens_per_task is " INT64_FORMAT,
 								  job->tokens, w->tokens, most));
+	else if (chat_usage_is_over(&job->session, &used, &limit_of_day))
+		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0,
+						 psprintf("the user's tokens of this day are used up: " INT64_FORMAT " of %d",
+								  used, limit_of_day));
 	return !s->ended;
 }
 
@@ -1155,7 +1163,7 @@ record_windows(const Claim *c)
 
 	for (int i = 0; i < c->n; i++)
 	{
-		if (c->streams[i]->window.budget == 0)
+		if (c->streams[i]->window.tokens == 0)
 			continue;
 		tasks[n] = c->streams[i]->job.task;
 		windows[n++] = &c->streams[i]->window;
