@@ -368,7 +368,7 @@ append_rows(const ChatEventBatch *batch, int16 slot)
 
 	snprintf(name, sizeof(name), "chat_event_%d", slot);
 	rel = table_openrv(makeRangeVar("chat", name, -1), RowExclusiveLock);
-	InitResultRelInfo(result, rel, 1, NULL, 0);
+	InitResultRelInfo(result, rel, 0, NULL, 0);	/* in no range table */
 	ExecOpenIndices(result, false);
 	for (int i = 0; i < ROWS_AT_ONCE; i++)
 		slots[i] = i < batch->n ? table_slot_create(rel, NULL) : NULL;

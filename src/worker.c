@@ -96,6 +96,8 @@
 /* up to so many open streams each flush is made at once */
 #define FEW_STREAMS 4
 #define MAX_BACKOFF 1000
+/* flushes of one stream that may fail for want of memory before it has failed */
+#define MAX_MEMORY_TRIES 10
 #define NEVER PG_INT64_MAX
 
 /* How the next claim goes about a job that made a claim fail. */
@@ -748,8 +750,15 @@ flush_some(Flush *f, const char *activity, bool durable,
 			committed(f);
 		return !f->fenced;
 	}
-	if (is_systemic(edata))
+	/* many large ends may be more than there is memory for, each alone not */
+	if (is_systemic(edata) &&
+		(edata->sqlerrcode != ERRCODE_OUT_OF_MEMORY ||
+		 (f->n == 1 && f->streams[0]->end_tries < MAX_MEMORY_TRIES)))
+	{
+		if (edata->sqlerrcode == ERRCODE_OUT_OF_MEMORY)
+			f->streams[0]->end_tries++;
 		return false;
+	}
 	if (f->n == 1)
 	{
 		fail_stream(f->streams[0], edata);
@@ -974,8 +983,27 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 }
 
 /*
+ * True if an error of one job may be gone when it is tried again: somebody
+ * held a lock, cancelled the statement, or used up the memory.
+ */
+static bool
+is_passing(const ErrorData *edata)
+{
+	switch (ERRCODE_TO_CATEGORY(edata->sqlerrcode))
+	{
+		case ERRCODE_INSUFFICIENT_RESOURCES:
+		case ERRCODE_OPERATOR_INTERVENTION:
+		case ERRCODE_TRANSACTION_ROLLBACK:
+			return true;
+		default:
+			return edata->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE;
+	}
+}
+
+/*
  * Reads a job's endpoint and key and builds its request.  An error of this
- * one job (server dropped, key unreadable) leaves the transaction usable.
+ * one job (server dropped, key unreadable) leaves the transaction usable; one
+ * that passes costs an attempt, so that it holds up nobody else's job.
  */
 static void
 prepare(ChatStream *s, const ChatJob *job, ChatContext *context,
@@ -1007,7 +1035,10 @@ prepare(ChatStream *s, const ChatJob *job, ChatContext *context,
 		edata = CopyErrorData();
 		FlushErrorState();
 		RollbackAndReleaseCurrentSubTransaction();
-		chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, false, 0,
+		/* what was planned before the error does not count */
+		s->deferred = s->ended = false;
+		s->request = NULL;
+		chat_stream_fail(s, CHAT_ERROR_ENDPOINT_ERROR, is_passing(edata), 0,
 						 edata->message);
 	}
 	PG_END_TRY();
@@ -1691,10 +1722,11 @@ move_work(void *arg)
  * then the times that stand in the tables are too far away.
  */
 static void
-check_clock(int64 now)
+check_clock(void)
 {
 	static int64 last = PG_INT64_MAX;
-	int64		offset = GetCurrentTimestamp() / 1000 - now;
+	/* not the turn's: a flush may have taken long since then */
+	int64		offset = GetCurrentTimestamp() / 1000 - chat_stream_clock();
 	int64		back = last - offset;
 
 	if (last == PG_INT64_MAX || back < CLOCK_SLACK)
@@ -1722,7 +1754,8 @@ sleep_time(void)
 	if (reading_held)
 		due = Min(due, next_pace());
 	due = Min(due, chat_httptool_due());
-	if (turns_due || (tools_due && !paused) ||
+	/* the latch alone would not do: a wait for a lock resets it, too */
+	if (ConfigReloadPending || turns_due || (tools_due && !paused) ||
 		(sides_due && may_claim()) || pg_atomic_read_u32(&chat_slot->rung))
 		due = now;
 	if (http >= 0)
@@ -2079,7 +2112,7 @@ chat_worker_main(Datum slot)
 		if (next_claim() <= now &&
 			pg_atomic_read_u32(&chat_slot->recheck) == 0)
 		{
-			check_clock(now);
+			check_clock();
 			claim();
 		}
 		if (chat_retention_due() <= now)

@@ -124,6 +124,21 @@ is_deeply([ @$t{qw(steps prompt_tokens completion_tokens)}, @{ $t->{usage} }{qw(
 is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$steps'"),
 	{ p => 500, c => 20 }, 'the session, too');
 
+# an attempt that broke off and was repeated has cost something, too
+my $again = create_session($node, user_id => 'ida', server => 'free')->{id};
+my $broken = turn($again, '[[tokens=4 cutafter=2 times=2 key=again prompt_tokens=70 completion_tokens=4]]');
+is_deeply([ @$broken{qw(status steps)}, $broken->{usage}{estimated} ], [ 'completed', 1, JSON::PP::true ],
+	'a turn whose attempts broke off: some of its usage is estimated');
+cmp_ok($broken->{prompt_tokens}, '>', 70, 'more than the last attempt');
+is($broken->{usage}{prompt_tokens}, $broken->{prompt_tokens}, 'as its usage says');
+is_deeply([ map { @$_{qw(requests prompt_tokens completion_tokens)} } usage('ida') ],
+	[ 1, @$broken{qw(prompt_tokens completion_tokens)} ], 'and the view');
+is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$again'"),
+	{ p => $broken->{prompt_tokens}, c => $broken->{completion_tokens} }, 'and the session');
+cmp_ok($broken->{completion_tokens}, '>', 4, 'the text that was taken back is in it');
+is(row($node, "SELECT metadata->'usage'->'prompt_tokens' AS n FROM chat.chat_message WHERE session_id = '$again' AND role = 'assistant'")->{n},
+	70, 'the message tells of its own request');
+
 # the limit of a day
 $node->safe_psql('postgres', 'ALTER DATABASE postgres SET chat.max_tokens_per_user_per_day = 300');
 my $d = create_session($node, user_id => 'dan', server => 'free')->{id};
@@ -151,5 +166,21 @@ my ($rc, $out, $err) = $node->psql('postgres', "SELECT chat.stream_chat_completi
 like($err, qr/They are 301/, 'deleting a session does not help');
 is(turn(create_session($node, user_id => 'dora', server => 'free')->{id}, 'a [[tokens=1]]')->{status}, 'completed', "others' limits are their own");
 is(turn(create_session($node, server => 'free')->{id}, 'a [[tokens=1]]')->{status}, 'completed', 'nobody in particular has none');
+
+# a turn that was queued before the limit was reached
+$node->safe_psql('postgres', 'ALTER DATABASE postgres RESET chat.max_tokens_per_user_per_day');
+$node->safe_psql('postgres', 'ALTER SYSTEM SET chat.max_tokens_per_user_per_day = 300');
+$node->reload;
+my $q = create_session($node, user_id => 'fay', server => 'free')->{id};
+my $one = ask($node, $q, 'one [[tokens=2 gateat=1:day prompt_tokens=299 completion_tokens=1]]');
+$fake->wait_at_gate('day');
+my $two = ask($node, $q, 'two [[tokens=1]]');
+$fake->forget;
+$fake->open_gate('day');
+is(wait_for_task($node, $one)->{status}, 'completed', 'the limit is reached');
+$two = wait_for_task($node, $two);
+is_deeply([ $two->{status}, $two->{error}{code} ], [ 'failed', 'limit_reached' ], 'what was queued by then is refused');
+like($two->{error}{message}, qr/tokens of this day are used up: 300 of 300/, 'and says why');
+is(scalar $fake->completions, 0, 'before any request');
 
 done_testing();
