@@ -33,10 +33,10 @@ check-aimock:
 	@test/install-deps check
 	@test/run aimock
 
-chaos: CHAOS_SECONDS ?= 1200
 chaos:
 	@test/install-deps check
-	@CHAOS_RUNS=200 SUITE_TIMEOUT=3600 test/run chaos test/t/086_tool_chaos.pl
+	@CHAOS_SECONDS=$${CHAOS_SECONDS:-1200} CHAOS_RUNS=200 SUITE_TIMEOUT=3600 \
+	  test/run chaos test/t/086_tool_chaos.pl
 
 # suites under AddressSanitizer and UndefinedBehaviorSanitizer
 check-asan:
