@@ -1,0 +1,89 @@
+# Does a turn cost the same however many others run, and however many its
+# session has had?  The planner has seen the queue empty, and may see it so
+# again at any time: what it has made of the statements is read from the log of
+# auto_explain.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+use ChatTest;
+use ChatTest::Crash;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+use constant MANY => 60;    # tasks that run, and tasks of one session
+use constant FEW => 25;    # rows that a statement of one turn may look at
+
+chomp(my $libraries = `$ENV{PG_CONFIG} --pkglibdir`);
+plan skip_all => 'auto_explain is not installed'
+  unless -e "$libraries/auto_explain.so";
+
+my $fake = start_fake();
+my $node = chat_cluster('main', conf => <<'EOC');
+shared_preload_libraries = 'auto_explain,chat'
+auto_explain.log_min_duration = 0
+auto_explain.log_analyze = on
+auto_explain.log_timing = off
+auto_explain.log_nested_statements = on
+chat.enable_superuser_tools = on
+EOC
+create_server($node, $fake);
+$node->safe_psql('postgres', <<'EOS');
+CREATE FUNCTION answer() RETURNS text LANGUAGE sql AS $$ SELECT '42' $$;
+SELECT chat.register_tool('public.answer()');
+EOS
+
+# Returns the statements of a stretch of the log that looked at many rows of
+# tasks or jobs, with the line of the plan that says so.
+sub wide
+{
+	my ($text) = @_;
+	my ($query, $relation, $rows, @found) = ('', '', 0);
+
+	foreach my $line (split /\n/, $text)
+	{
+		$query = $1 if $line =~ /Query Text: (.{1,100})/;
+		# a worker counts what it holds at a flush, and reads it at a cancel
+		next if $query =~ /^SELECT (?:count\(\*\), COALESCE\(sum\(epoch\)|id, epoch, cancel)/;
+		if ($line =~ /->|^\t?\S.*\(cost=/)
+		{
+			$relation = $line =~ /(?:Scan|Seq).* on (chat_task|chat_job|chat_tool_call) / ? $1 : '';
+			$rows = $line =~ /actual rows=([\d.]+) loops=(\d+)/ ? $1 * $2 : 0;
+			push @found, "$query: $line" if $relation && $rows > FEW;
+		}
+		push @found, "$query: $line"
+		  if $line =~ /Rows Removed by (Join )?Filter: (\d+)/
+		  && $2 > FEW && ($1 || $relation);
+	}
+	return @found;
+}
+
+# what runs, and what was
+my @running = map { $_->{task} }
+  start_turns($node, MANY, 'run [[tokens=2 gateat=1:on]]');
+$fake->wait_at_gate('on', MANY);
+my $old = create_session($node)->{id};
+wait_for_task($node, ask($node, $old, "turn $_ [[tokens=1]]")) foreach 1 .. MANY;
+
+my $offset = -s $node->logfile;
+my $calls = ask($node, $old, 'call [[tool=answer]]');
+wait_for_task($node, $calls);
+my $behind = ask($node, $old, 'gate [[tokens=2 gateat=1:mid]]');
+$fake->wait_at_gate('mid');
+my $queued = ask($node, $old, 'next [[tokens=1]]');
+$node->safe_psql('postgres', "SELECT chat.session_status('$old')");
+$node->safe_psql('postgres', "SELECT chat.cancel_task('$behind')");
+is(wait_for_task($node, $behind)->{status}, 'cancelled', 'a turn is cancelled');
+is(wait_for_task($node, $queued)->{status}, 'completed', 'the next one runs');
+is(wait_for_task($node, ask($node, $old, 'over [[tokens=1]]', on_busy => 'interrupt'))->{status},
+	'completed', 'and one that interrupts');
+my $log = substr(slurp_file($node->logfile), $offset);
+cmp_ok(scalar(() = $log =~ /Query Text/g), '>', 50, 'the plans were logged');
+is_deeply([ wide($log) ], [],
+	'no statement of a turn reads all that runs, or all that the session had');
+
+$fake->open_gate('on', MANY);
+is(wait_for_task($node, $_)->{status}, 'completed', 'a turn that ran') foreach @running;
+done_testing();
