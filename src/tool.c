@@ -840,13 +840,14 @@ run_out(void)
 	SetLatch(MyLatch);
 }
 
-/* Limits the time of a call. */
+/* Limits the time of a call, or of its commit, which nothing can cancel. */
 static void
-start_clock(int64 timeout)
+start_clock(int64 timeout, bool commit)
 {
 	int			ms = (int) Min(timeout, INT_MAX - GRACE);
 
-	enable_timeout_after(STATEMENT_TIMEOUT, ms);
+	if (!commit)
+		enable_timeout_after(STATEMENT_TIMEOUT, ms);
 	enable_timeout_after(grace_timeout, ms + GRACE);
 }
 
@@ -870,7 +871,7 @@ try_function(const ToolCall *c, MemoryContext context, bool *failed)
 	PG_TRY();
 	{
 		XactReadOnly = c->read_only || DefaultXactReadOnly;
-		start_clock(c->timeout);
+		start_clock(c->timeout, false);
 		result = run_function(c, context);
 		stop_clock();
 		ReleaseCurrentSubTransaction();
@@ -932,7 +933,10 @@ perform(ToolCall *c, MemoryContext context)
 	HOLD_CANCEL_INTERRUPTS();
 	store(c, failed, result);
 	PopActiveSnapshot();
+	/* what a cursor WITH HOLD has left to do, or a trigger deferred anew */
+	start_clock(c->timeout, true);
 	CommitTransactionCommand();
+	stop_clock();
 	RESUME_CANCEL_INTERRUPTS();
 	pgstat_report_stat(true);
 	pgstat_report_activity(STATE_IDLE, NULL);
@@ -1005,6 +1009,7 @@ perform_safely(ToolCall *c, MemoryContext context, bool last)
 	{
 		ErrorData  *edata;
 
+		stop_clock();
 		MemoryContextSwitchTo(context);
 		edata = CopyErrorData();
 		FlushErrorState();

@@ -462,6 +462,19 @@ is((call(endless => {}))[0][0], 'tool_unknown_outcome', 'T28: a tool that catche
 wait_for($node, "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'chat tool worker'");
 pass('  its process is gone');
 
+# what a function leaves to the commit has no more time than the function
+tools(<<'EOS');
+CREATE FUNCTION app.leave_to_commit() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+	EXECUTE 'DECLARE forever CURSOR WITH HOLD FOR SELECT pg_sleep(6000)';
+	RETURN 'done';
+END $$;
+EOS
+register($node, 'ann', function => 'app.leave_to_commit', timeout => '100 ms');
+is((call(leave_to_commit => {}))[0][0], 'tool_unknown_outcome', 'T28: one that leaves what never ends to the commit');
+wait_for($node, "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'chat tool worker'");
+pass('  its process is gone, too');
+
 unlike(slurp_file($node->logfile), qr/JIT provider/, 'none of our statements is compiled: that would take seconds');
 
 $gate->quit;
