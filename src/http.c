@@ -10,8 +10,9 @@
  * An epoll descriptor is nested in the caller's WaitEventSet, so that the
  * set stays the same however many sockets come and go; what is ready is
  * asked for here, without waiting.  Sockets whose answer is under way are
- * members of another one, itself a member of the first unless they are held
- * back: a thousand streams are read together, not one by one.
+ * members of another one, itself a member of the first that is not listened
+ * to while they are held back: a thousand streams are read together, not one
+ * by one.
  *
  * libcurl may start a thread to resolve a name.  Signals stay blocked around
  * every call that may do so: a handler of the server must not run there.
@@ -137,7 +138,8 @@ note_answer(ChatTransfer *t)
 	Socket	   *s = find_socket(t->fd);
 	struct epoll_event ev = {0};
 
-	if (s == NULL || s->answering)
+	/* a number that libcurl has left may be that of anything */
+	if (s == NULL || s->answering || s->events == 0)
 		return;
 	ev.events = s->events;
 	ev.data.fd = t->fd;
@@ -608,10 +610,12 @@ chat_http_pause(ChatTransfer *t, bool pause)
 void
 chat_http_hold(bool hold)
 {
-	struct epoll_event ev = {.events = EPOLLIN, .data.fd = answer_fd};
+	struct epoll_event ev = {.events = hold ? 0 : EPOLLIN,
+	.data.fd = answer_fd};
 
-	if (hold != held && epoll_ctl(epoll_fd, hold ? EPOLL_CTL_DEL :
-								  EPOLL_CTL_ADD, answer_fd, &ev) == 0)
+	/* to add it again would have the kernel look at each of its members */
+	if (hold != held &&
+		epoll_ctl(epoll_fd, EPOLL_CTL_MOD, answer_fd, &ev) == 0)
 		held = hold;
 }
 
