@@ -135,6 +135,13 @@ my %told = map { $_->{event}{taskId} => 1 } $listener->pending;
 ok(!$told{$_}, 'nobody was told what could not be told')
   foreach $new, $call, $cancel, $queued;
 drain();
+my $limit = time() + $PostgreSQL::Test::Utils::timeout_default;
+# the worker looks at the queue now and then: turns until one is told
+until (grep { $_->{event}{type} eq 'finish' } $listener->pending)
+{
+	die "nobody is told\n" if time() > $limit;
+	wait_for_task($node, ask($node, $session->{id}, 'more [[tokens=2]]'));
+}
 my $last = ask($node, $session->{id}, 'last [[tokens=2]]');
 is_deeply(
 	[ $listener->turn($last) ],

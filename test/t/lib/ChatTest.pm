@@ -61,10 +61,14 @@ sub decode
 	return JSON::PP->new->utf8->allow_nonref->decode($text);
 }
 
-# Encodes a Perl value as canonical JSON.
+# Encodes a Perl value as canonical JSON: characters, kept as UTF-8, because a
+# program that IPC::Run feeds gets the bytes they are kept as (JSON::PP did that
+# by itself before 4.16).
 sub encode
 {
-	return $json->encode($_[0]);
+	my $text = $json->encode($_[0]);
+	utf8::upgrade($text);
+	return $text;
 }
 
 # Returns a string as an SQL literal, undef as NULL.
