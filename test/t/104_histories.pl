@@ -133,16 +133,27 @@ is(problem({ messages => [ { role => 'user', content => 'x' } ] }), undef, 'the 
 is(problem({ messages => [ { role => 'tool', tool_call_id => 'x', content => '' } ] }), 'result without a call', 'and finds what is not');
 is(problem({ messages => [ { role => 'user', content => 'x', name => 'a b' } ] }), 'name', 'also in names');
 
+# What is sure to be collapsed (by the narrow server) and summed up (by the
+# summing one): chance alone brings these about too seldom.
+my $talk = 'some words ' x 20;
+my @sure = (
+	[   { role => 'user', content => 'look' },
+		{ role => 'assistant', tool_calls => [ { id => 'c1', type => 'function', function => { name => 'look', arguments => '{}' } } ] },
+		{ role => 'tool', tool_call_id => 'c1', content => $talk x 20 },
+		{ role => 'assistant', content => 'done' } ],
+	[ { role => 'user', content => 'start [[text=RECAP]]' }, { role => 'assistant', content => 'fine' },
+		map { ({ role => 'user', content => $talk }, { role => 'assistant', content => $talk }) } 1 .. 10 ]);
+
 my @tasks;
 my %history;
 foreach my $i (1 .. $histories)
 {
-	my @messages = history();
+	my @messages = $i <= @sure ? @{ $sure[ $i - 1 ] } : history();
 	my $id = create_session($node, server => $servers[ $i % @servers ])->{id};
 
 	$node->safe_psql('postgres', "SELECT FROM chat.add_chat_messages_batch('$id', " . literal(encode(\@messages)) . ')')
 	  if @messages;
-	disturb($id) if rand() < 0.4;
+	disturb($id) if $i > @sure && rand() < 0.4;
 	$history{$i} = \@messages;
 	push @tasks, ask($node, $id, "question $i. [[tokens=1]]");
 }
