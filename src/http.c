@@ -35,7 +35,6 @@
 #include "http.h"
 
 #define READY_BATCH 1024
-#define READY_ROUNDS 16			/* of one poll */
 #define KEEP_CONNECTIONS 128L
 #define MIN_BUFFER 1024
 
@@ -620,50 +619,51 @@ chat_http_hold(bool hold)
 }
 
 /*
- * Moves the sockets of one descriptor that are ready; true if there are such
- * whose answer is under way, too.
+ * Moves sockets of one descriptor that are ready, at most so many; returns how
+ * many.  Sets answers if there are such whose answer is under way, too.
  */
-static bool
-poll_sockets(int set)
+static int
+poll_sockets(int set, int most, bool *answers)
 {
 	struct epoll_event events[READY_BATCH];
-	bool		answers = false;
-	int			n = READY_BATCH;
+	int			n = epoll_wait(set, events, most, 0);
 
-	for (int round = 0; n == READY_BATCH && round < READY_ROUNDS; round++)
+	for (int i = 0; i < n; i++)
 	{
-		n = epoll_wait(set, events, READY_BATCH, 0);
-		for (int i = 0; i < n; i++)
-		{
-			int			what = 0;
+		int			what = 0;
 
-			if (events[i].data.fd == answer_fd)
-			{
-				answers = true;
-				continue;
-			}
-			if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-				what |= CURL_CSELECT_IN;
-			if (events[i].events & EPOLLOUT)
-				what |= CURL_CSELECT_OUT;
-			curl_multi_socket_action(multi, events[i].data.fd, what,
-									 &running);
+		if (events[i].data.fd == answer_fd)
+		{
+			*answers = true;
+			continue;
 		}
+		if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+			what |= CURL_CSELECT_IN;
+		if (events[i].events & EPOLLOUT)
+			what |= CURL_CSELECT_OUT;
+		curl_multi_socket_action(multi, events[i].data.fd, what, &running);
 	}
-	return answers;
+	return n;
 }
 
-/* Moves whatever is ready, without waiting. */
-void
+/*
+ * Moves what is ready, without waiting; true if it was CHAT_HTTP_BATCH
+ * answers, so that there may be more.
+ */
+bool
 chat_http_poll(void)
 {
 	sigset_t	mask;
+	bool		answers = false;
+	bool		more = false;
 
 	if (multi == NULL)
-		return;
+		return false;
 	block_signals(&mask);
-	if (poll_sockets(epoll_fd))
-		(void) poll_sockets(answer_fd);
+	(void) poll_sockets(epoll_fd, READY_BATCH, &answers);
+	if (answers)
+		more = poll_sockets(answer_fd, CHAT_HTTP_BATCH,
+							&answers) == CHAT_HTTP_BATCH;
 	if (timer_due >= 0 && now_ms() >= timer_due)
 	{
 		timer_due = -1;
@@ -671,6 +671,7 @@ chat_http_poll(void)
 	}
 	collect_done();
 	sigprocmask(SIG_SETMASK, &mask, NULL);
+	return more;
 }
 
 /*
@@ -734,7 +735,7 @@ chat_http_perform(const ChatHttpRequest *req, int timeout,
 									 epoll_fd, wait, PG_WAIT_EXTENSION);
 			ResetLatch(MyLatch);
 			CHECK_FOR_INTERRUPTS();
-			chat_http_poll();
+			(void) chat_http_poll();
 			(void) chat_http_next();	/* it can only be this one */
 			if (hook != NULL && t->len > 0)
 				hook(t, arg);

@@ -82,12 +82,15 @@ typedef struct ChatTransfer
 	char		error[CURL_ERROR_SIZE];
 } ChatTransfer;
 
+/* answers that are read at one go */
+#define CHAT_HTTP_BATCH 256
+
 extern int	chat_http_start(void);
 extern ChatTransfer *chat_http_open(const ChatHttpRequest *req, void *owner);
 extern void chat_http_close(ChatTransfer *transfer);
 extern void chat_http_pause(ChatTransfer *transfer, bool pause);
 extern void chat_http_hold(bool hold);
-extern void chat_http_poll(void);
+extern bool chat_http_poll(void);
 extern long chat_http_timeout(void);
 extern ChatTransfer *chat_http_next(void);
 extern ChatTransfer *chat_http_perform(const ChatHttpRequest *req,

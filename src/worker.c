@@ -129,10 +129,14 @@ static int64 epochs = 0;		/* sum over streams, for the fence */
 static int	limit = 0;			/* streams that may be open */
 
 /* times, in ms of chat_stream_clock() */
-static int64 flushed_at = 0;	/* the last flush began */
-static int64 flush_took = 0;
+static int64 tick_at = 0;		/* the answers of this tick are read since */
+static int64 flushed_at = 0;	/* the tick of the last flush */
+static int64 flush_took = 0;	/* that tick, up to then */
 static int64 flush_due = NEVER; /* not before, after an error */
 static bool reading_held = false;	/* answers are read at the next flush */
+static bool reading_on = false; /* more of them are to be read in this tick */
+static int	tick_reads = 0;
+static bool fence_passed = false;	/* in this tick */
 static int64 check_due = NEVER; /* a stream's timeout */
 static int64 claim_due = 0;		/* 0 = the bell rang */
 static int64 rest_due = NEVER;	/* a retry, or locked jobs */
@@ -508,7 +512,8 @@ write_deltas(void *arg)
 	Flush	   *f = arg;
 	ChatEventBatch batch = {0};
 
-	f->fenced = !chat_queue_intact(identity, nstreams, epochs);
+	if (!fence_passed)
+		f->fenced = !chat_queue_intact(identity, nstreams, epochs);
 	if (f->fenced)
 		return;
 	for (int i = 0; i < f->n; i++)
@@ -522,6 +527,7 @@ write_deltas(void *arg)
 static void
 deltas_committed(Flush *f)
 {
+	fence_passed = true;
 	for (int i = 0; i < f->n; i++)
 	{
 		ChatStream *s = f->streams[i];
@@ -670,7 +676,8 @@ static void
 ends_committed(Flush *f)
 {
 	/* the last bytes of a body may have come: keep the connection */
-	chat_http_poll();
+	if (nstreams <= MANY_STREAMS)
+		(void) chat_http_poll();
 	for (int i = 0; i < f->n; i++)
 	{
 		ChatStream *s = f->streams[i];
@@ -818,15 +825,15 @@ flush(void)
 						deltas_committed);
 	if (f.n > 0 && f.fenced)
 		recheck();
-	if (ok)
+	if (ok && !reading_on)
 	{
 		pick_streams(&f, true, start);
 		if (f.n > 0)
 			ok = flush_some(&f, "store ends", true, write_ends,
 							ends_committed);
 	}
-	flushed_at = start;
-	flush_took = chat_stream_clock() - start;
+	flushed_at = tick_at;
+	flush_took = chat_stream_clock() - tick_at;
 	pg_atomic_fetch_add_u64(&chat_slot->counters.flushes, 1);
 	if (!ok)
 		flush_due = chat_stream_clock() + 100;
@@ -854,7 +861,8 @@ next_pace(void)
 static int64
 next_flush(void)
 {
-	int64		pace = next_pace();
+	bool		paced = nstreams <= MANY_STREAMS || reading_held;
+	int64		pace = paced ? next_pace() : 0;
 	int64		due = NEVER;
 	dlist_iter	iter;
 
@@ -1433,7 +1441,7 @@ next_claim(void)
 {
 	int64		due = Min(claim_due, rest_due);
 
-	if (reading_held && !crowded && !cancels_due && claim_mode == CLAIM_BATCH)
+	if ((reading_held || reading_on) && !crowded && !cancels_due && claim_mode == CLAIM_BATCH)
 		due = Max(due, next_pace());
 	return due;
 }
@@ -1751,6 +1759,8 @@ sleep_time(void)
 
 	due = Min(due, Min(chat_retention_due(), chat_side_due()));
 	due = Min(due, next_claim());
+	if (reading_on)
+		due = now;
 	if (reading_held)
 		due = Min(due, next_pace());
 	due = Min(due, chat_httptool_due());
@@ -2030,10 +2040,17 @@ receive(void)
 {
 	ChatTransfer *t;
 
-	/* what many send is read when it can be stored, at one go */
-	reading_held = nstreams > MANY_STREAMS && chat_stream_clock() < next_pace();
-	chat_http_hold(reading_held);
-	chat_http_poll();
+	if (!reading_on)
+	{
+		/* what many send is read when it can be stored, and then all of it */
+		tick_at = chat_stream_clock();
+		tick_reads = 0;
+		fence_passed = false;
+		reading_held = nstreams > MANY_STREAMS && tick_at < next_pace();
+		chat_http_hold(reading_held);
+	}
+	reading_on = chat_http_poll() &&
+		++tick_reads <= nstreams / CHAT_HTTP_BATCH;
 	while ((t = chat_http_next()) != NULL)
 	{
 		ChatStream *s = t->owner;

@@ -1,0 +1,65 @@
+# Beyond a hundred streams their answers are read together, at the next flush,
+# and by batches: is each of them whole, and is the rest as quick to end?
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+use ChatTest;
+use ChatTest::Crash;
+use Test::More;
+
+use constant STREAMS => 600;    # more than two batches
+use constant TOKENS => 40;
+
+my $fake = start_fake();
+my $node = chat_cluster('main');
+create_server($node, $fake);
+$node->safe_psql('postgres',
+	server_sql($fake->port, name => 'brief', idle_timeout => '1s', retries => '0'));
+my $text = join '', map { "t$_ " } 0 .. TOKENS - 1;
+
+# answers that run side by side, some slow, some without any delay, some that
+# stop at a gate, one that falls silent
+my @turns = start_turns($node, STREAMS, 'run [[tokens=' . TOKENS . ' delay=20]]');
+my @fast = start_turns($node, 20, 'run [[tokens=' . TOKENS . ']]');
+my @held = start_turns($node, 3, 'held [[tokens=4 gateat=2:g]]');
+my $silent = ask($node, create_session($node, server => 'brief')->{id},
+	'silent [[tokens=4 stall=2]]');
+$fake->wait_at_gate('g', 3);
+my $left = wait_for_task($node, $silent);
+is($left->{error}{code}, 'idle_timeout', 'one that falls silent is noticed');
+is($node->safe_psql('postgres', "SELECT chat.cancel_task('$held[0]{task}')"),
+	't', 'one is cancelled');
+is(wait_for_task($node, $held[0]{task})->{status}, 'cancelled', 'and ends');
+$node->safe_psql('postgres', "SELECT chat.delete_chat_session('$held[1]{session}')");
+$fake->open_gate('g', 3);
+is(turn_of($node, $held[2]{task})->{answer}{content}, 't0 t1 t2 t3 ',
+	'one that was at a gate goes on');
+
+wait_for_task($node, $_->{task}) foreach @turns, @fast;
+my $ids = join ',', map { "'$_->{task}'" } @turns, @fast;
+is_deeply(rows_of($ids, 'SELECT t.status, m.content, count(*)::int AS n FROM chat.chat_task AS t'
+		. ' JOIN chat.chat_message AS m ON m.task_id = t.id AND m.role = \'assistant\''
+		. ' WHERE t.id IN (%s) GROUP BY 1, 2'),
+	[ { status => 'completed', content => $text, n => STREAMS + 20 } ],
+	'each answer is whole');
+is_deeply(rows_of($ids, 'SELECT text, count(*)::int AS n FROM (SELECT e.task_id,'
+		. ' string_agg(e.payload->>\'delta\', \'\' ORDER BY e.seq) AS text'
+		. ' FROM chat.chat_event AS e WHERE e.task_id IN (%s) GROUP BY 1) AS t GROUP BY 1'),
+	[ { text => $text, n => STREAMS + 20 } ], 'so is what listeners get');
+is_deeply(rows_of($ids, 'SELECT DISTINCT count(*) FILTER (WHERE e.payload->>\'type\''
+		. ' IN (\'finish\', \'abort\'))::int AS ends, max(e.seq) - min(e.seq) + 1 = count(*) AS gapless'
+		. ' FROM chat.chat_event AS e WHERE e.task_id IN (%s) GROUP BY e.task_id'),
+	[ { ends => 1, gapless => JSON::PP::true } ], 'with one end, and without a gap');
+is(row($node, "SELECT count(*) AS n FROM chat.chat_event WHERE task_id = '$held[1]{task}'")->{n},
+	0, 'nothing is left of a session that was deleted');
+done_testing();
+
+# Returns the rows of a query about tasks.
+sub rows_of
+{
+	my ($list, $sql) = @_;
+	return [ rows($node, sprintf $sql, $list) ];
+}
