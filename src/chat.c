@@ -24,6 +24,7 @@
 #include "server.h"
 #include "shmem.h"
 #include "stream.h"
+#include "summary.h"
 #include "task.h"
 #include "title.h"
 #include "tool.h"
@@ -58,6 +59,7 @@ _PG_init(void)
 	chat_prompt_init();
 	chat_langfuse_init();
 	chat_title_init();
+	chat_summary_init();
 	chat_window_init();
 	chat_worker_init();
 	chat_launcher_init();

@@ -25,9 +25,7 @@
 #include "side.h"
 #include "shmem.h"
 #include "stream.h"
-#include "summary.h"
 #include "throttle.h"
-#include "title.h"
 #include "tokens.h"
 
 /* longest time of a request, in ms */
@@ -47,7 +45,9 @@
 /* results that the database refuses are given up after so many tries */
 #define MAX_TRIES 10
 
-static const ChatSideType *const types[] = {&chat_title, &chat_summary};
+/* the types that have jobs */
+static const ChatSideType *types[2];
+static int	ntypes = 0;
 
 static dlist_head sides = DLIST_STATIC_INIT(sides); /* under way */
 static dlist_head asked = DLIST_STATIC_INIT(asked); /* not yet committed */
@@ -192,11 +192,19 @@ fail(ChatSide *s, const char *error)
 
 /* ---------- claim ---------- */
 
+/* Makes a type known that has jobs: when the module is loaded. */
+void
+chat_side_register(const ChatSideType *type)
+{
+	Assert(ntypes < lengthof(types));
+	types[ntypes++] = type;
+}
+
 /* Returns the type that has jobs of a kind. */
 static const ChatSideType *
 find_type(const char *kind)
 {
-	for (size_t i = 0; i < lengthof(types); i++)
+	for (int i = 0; i < ntypes; i++)
 		if (strcmp(types[i]->kind, kind) == 0)
 			return types[i];
 	elog(ERROR, "no requests of kind \"%s\"", kind);
@@ -269,15 +277,15 @@ prepare(ChatSide *s)
 	CurrentResourceOwner = owner;
 }
 
-/* Counts the titles that are under way. */
+/* Counts the requests under way that nobody waits for. */
 static int
-count_titles(void)
+count_idle(void)
 {
 	dlist_iter	iter;
 	int			n = 0;
 
 	dlist_foreach(iter, &sides)
-		n += dlist_container(ChatSide, node, iter.cur)->type == &chat_title;
+		n += dlist_container(ChatSide, node, iter.cur)->type->idle;
 	return n;
 }
 
@@ -288,7 +296,7 @@ count_titles(void)
 static int
 choose(int most, Datum *ids)
 {
-	int			titles = MAX_TITLES - count_titles();
+	int			titles = MAX_TITLES - count_idle();
 	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId),
 		Int32GetDatum(titles > 0 ? Min(most, titles) : most),
 	BoolGetDatum(titles > 0)};

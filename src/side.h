@@ -25,6 +25,7 @@ typedef struct ChatSide ChatSide;
 typedef struct ChatSideType
 {
 	const char *kind;			/* of its jobs, NULL = it has none */
+	bool		idle;			/* nobody waits for it */
 
 	/* builds side->body in side->context; an error ends the request */
 	void		(*prepare) (ChatSide *side);
@@ -80,6 +81,9 @@ struct ChatSide
 	bool		stored;
 	void	   *extra;			/* the type's own */
 };
+
+/* Makes a type known that has jobs: when the module is loaded. */
+extern void chat_side_register(const ChatSideType *type);
 
 /* In a transaction: takes up to most jobs that wait; returns how many. */
 extern int	chat_side_claim(int64 holder, int most);

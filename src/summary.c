@@ -17,6 +17,7 @@
 #include "miscadmin.h"
 
 #include "db.h"
+#include "side.h"
 #include "summary.h"
 #include "tokens.h"
 
@@ -301,9 +302,16 @@ store(ChatSide *side, int64 holder)
 	return true;
 }
 
-const ChatSideType chat_summary = {
+static const ChatSideType summary = {
 	.kind = "summary",
 	.prepare = prepare,
 	.read = chat_side_read_completion,
 	.store = store,
 };
+
+/* Says what jobs of summaries are. */
+void
+chat_summary_init(void)
+{
+	chat_side_register(&summary);
+}

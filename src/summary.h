@@ -9,10 +9,10 @@
 
 #include "context.h"
 #include "queue.h"
-#include "side.h"
 
 /* Requests for summaries: what side.c drives. */
-extern const ChatSideType chat_summary;
+/* Says what jobs of summaries are. */
+extern void chat_summary_init(void);
 
 /* longest time that a turn waits for its summary, in ms */
 #define CHAT_SUMMARY_WAIT 30000

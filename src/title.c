@@ -28,6 +28,7 @@
 #include "jsonbuf.h"
 #include "server.h"
 #include "shmem.h"
+#include "side.h"
 #include "title.h"
 #include "usage.h"
 
@@ -130,17 +131,6 @@ CHAT_STMT(store_title,
 		  "  AND s.title IS DISTINCT FROM $4 RETURNING s.id)"
 		  " SELECT EXISTS (SELECT FROM session), EXISTS (SELECT FROM gone)",
 		  INT8OID, INT8OID, INT8OID, TEXTOID);
-
-/* Declares the settings of titles. */
-void
-chat_title_init(void)
-{
-	DefineCustomBoolVariable("chat.generate_titles",
-							 "Whether sessions without a title get one.",
-							 "A model writes it after the first message.",
-							 &generate_titles, true, PGC_SIGHUP, 0,
-							 NULL, NULL, NULL);
-}
 
 /* ---------- asking ---------- */
 
@@ -360,9 +350,22 @@ store(ChatSide *side, int64 holder)
 	return true;
 }
 
-const ChatSideType chat_title = {
+static const ChatSideType title = {
 	.kind = "title",
+	.idle = true,
 	.prepare = prepare,
 	.read = chat_side_read_completion,
 	.store = store,
 };
+
+/* Declares the settings of titles, and what their jobs are. */
+void
+chat_title_init(void)
+{
+	DefineCustomBoolVariable("chat.generate_titles",
+							 "Whether sessions without a title get one.",
+							 "A model writes it after the first message.",
+							 &generate_titles, true, PGC_SIGHUP, 0,
+							 NULL, NULL, NULL);
+	chat_side_register(&title);
+}

@@ -8,10 +8,8 @@
 #include "postgres.h"
 
 #include "queue.h"
-#include "side.h"
 
 /* Requests for titles: what side.c drives. */
-extern const ChatSideType chat_title;
 
 /* Declares the settings of titles. */
 extern void chat_title_init(void);

@@ -103,6 +103,24 @@ foreach my $file (glob 'test/t/*.pl')
 is_deeply(\@sleepers, [], 'T70: no test sleeps');
 is_deeply(\@open, [], 'T70: every test counts its assertions at its end');
 
+# the arrows between the files of src/ point one way: none comes back to where
+# it began
+my %uses;
+foreach my $file (glob 'src/*.[ch]')
+{
+	my ($module) = $file =~ m{([^/]+)\.[ch]$};
+
+	$uses{$module}{$_} = 1
+	  foreach grep { $_ ne $module } slurp_file($file) =~ /^#include "([a-z]+)\.h"$/mg;
+}
+for (my $left = -1; $left != keys %uses;)
+{
+	$left = keys %uses;
+	# what uses nothing that is left is below all that is
+	delete @uses{ grep { my $m = $_; !grep { $uses{$_} } keys %{ $uses{$m} } } keys %uses };
+}
+is_deeply([ sort keys %uses ], [], 'no file uses one that uses it');
+
 # every promise and every trap has a test that is named after it
 my $tests = join '', map { slurp_file($_) } glob('test/t/*.pl'),
   glob('sql/*.sql'), glob('test/isolation/specs/*.spec');
