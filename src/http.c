@@ -36,6 +36,7 @@
 
 #define READY_BATCH 1024
 #define KEEP_CONNECTIONS 128L
+#define MANY_TRANSFERS 256
 #define MIN_BUFFER 1024
 
 static CURLM *multi = NULL;
@@ -467,6 +468,9 @@ set_common_options(ChatTransfer *t, const ChatHttpRequest *req)
 	curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS,
 					 (long) req->connect_timeout);
 	curl_easy_setopt(easy, CURLOPT_UPLOAD_BUFFERSIZE, 16384L);
+	/* many have little to say at a time */
+	if (running >= MANY_TRANSFERS)
+		curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, 4096L);
 	/* what was sent on a connection that was used before is sent again */
 	if (req->once)
 		curl_easy_setopt(easy, CURLOPT_FRESH_CONNECT, 1L);

@@ -80,7 +80,7 @@
 #define MANY_STREAMS 100
 #define BUSY_BATCH 32
 /* chat.flush_interval is for so many streams, and up to MAX_PACE times that */
-#define PACE_STREAMS 666
+#define PACE_STREAMS 333
 #define MAX_PACE 10
 /* ends of one transaction */
 #define MAX_ENDS 1000
@@ -975,7 +975,7 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 	}
 	chat_summary_insert(job, context);
 	chat_window_fit(job, s->server, &frame, context, &s->window);
-	s->prompt_estimate = s->window.tokens;
+	s->prompt_estimate = s->end.context_tokens = s->window.tokens;
 	status = chat_window_status(&s->window);
 	if (status)
 		chat_event_add(&s->log, s->context, status);
@@ -1202,7 +1202,8 @@ record_windows(const Claim *c)
 
 	for (int i = 0; i < c->n; i++)
 	{
-		if (c->streams[i]->window.tokens == 0)
+		/* the others have it at their end */
+		if (c->streams[i]->window.budget == 0)
 			continue;
 		tasks[n] = c->streams[i]->job.task;
 		windows[n++] = &c->streams[i]->window;
