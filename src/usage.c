@@ -65,12 +65,14 @@ bool
 chat_usage_is_over(const pg_uuid_t *session, int64 *used, int *most)
 {
 	Datum		values[1] = {UUIDPGetDatum(session)};
+	MemoryContext old = CurrentMemoryContext;
 
 	*most = max_tokens;
 	if (max_tokens == 0)
 		return false;
 	chat_db_exec(&used_today, values, NULL);
 	*used = chat_db_int64(0, 1, 0);
+	MemoryContextSwitchTo(old);
 	return *used >= max_tokens;
 }
 

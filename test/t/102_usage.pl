@@ -126,16 +126,16 @@ is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens A
 
 # an attempt that broke off and was repeated has cost something, too
 my $again = create_session($node, user_id => 'ida', server => 'free')->{id};
-my $broken = turn($again, '[[tokens=4 cutafter=2 times=2 key=again prompt_tokens=70 completion_tokens=4]]');
-is_deeply([ @$broken{qw(status steps)}, $broken->{usage}{estimated} ], [ 'completed', 1, JSON::PP::true ],
+my $repeated = turn($again, '[[tokens=4 cutafter=2 times=2 key=again prompt_tokens=70 completion_tokens=4]]');
+is_deeply([ @$repeated{qw(status steps)}, $repeated->{usage}{estimated} ], [ 'completed', 1, JSON::PP::true ],
 	'a turn whose attempts broke off: some of its usage is estimated');
-cmp_ok($broken->{prompt_tokens}, '>', 70, 'more than the last attempt');
-is($broken->{usage}{prompt_tokens}, $broken->{prompt_tokens}, 'as its usage says');
+cmp_ok($repeated->{prompt_tokens}, '>', 70, 'more than the last attempt');
+is($repeated->{usage}{prompt_tokens}, $repeated->{prompt_tokens}, 'as its usage says');
 is_deeply([ map { @$_{qw(requests prompt_tokens completion_tokens)} } usage('ida') ],
-	[ 1, @$broken{qw(prompt_tokens completion_tokens)} ], 'and the view');
+	[ 1, @$repeated{qw(prompt_tokens completion_tokens)} ], 'and the view');
 is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$again'"),
-	{ p => $broken->{prompt_tokens}, c => $broken->{completion_tokens} }, 'and the session');
-cmp_ok($broken->{completion_tokens}, '>', 4, 'the text that was taken back is in it');
+	{ p => $repeated->{prompt_tokens}, c => $repeated->{completion_tokens} }, 'and the session');
+cmp_ok($repeated->{completion_tokens}, '>', 4, 'the text that was taken back is in it');
 is(row($node, "SELECT metadata->'usage'->'prompt_tokens' AS n FROM chat.chat_message WHERE session_id = '$again' AND role = 'assistant'")->{n},
 	70, 'the message tells of its own request');
 

@@ -300,9 +300,10 @@ is_deeply(row($node, "SELECT summary, summary_sequence FROM chat.chat_session WH
 $s = create_session($node, server => 'summing')->{id};
 append($s, [ 'user', 'start [[text=RECAP gatehead=roll]]' ], [ 'assistant', 'fine' ]);
 chatter($s, 3, 46);
-ask($node, $s, 'go on [[tokens=1]]');
+my $waiting = ask($node, $s, 'go on [[tokens=1]]');
 $fake->wait_at_gate('roll');
 $task = ask($node, $s, 'instead [[tokens=1]]', on_busy => 'rollback');
+wait_for_task($node, $waiting);
 $fake->open_gate('roll');
 $t = wait_for_task($node, $task);
 is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], 'a turn that takes the place of one that waited');
