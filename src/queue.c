@@ -85,7 +85,8 @@
 	"  attempts = j.attempts + 1, reset = false, rerun = false" \
 	" FROM old AS o WHERE j.id = o.id" \
 	" RETURNING j.id, j.epoch, j.owner, j.attempts, j.crashes, j.cancel," \
-	"  j.last_seq, j.blamed, j.waited, j.shrink_to" \
+	"  j.last_seq, j.blamed, j.waited, j.shrink_to," \
+	"  COALESCE((j.spent->>'total_tokens')::bigint, 0) AS spent" \
 	"), task AS (" \
 	" UPDATE chat.chat_task AS t SET status = 'running', input = NULL," \
 	"  started_at = COALESCE(t.started_at, now())," \
@@ -115,7 +116,7 @@
 	"   ELSE (o.settings || t.options)::text END," \
 	"  o.new_run, p.reset, t.steps, j.blamed," \
 	"  o.untitled AND o.input->>'role' = 'user'," \
-	"  t.tokens, j.waited, j.shrink_to, o.summary, o.summary_sequence," \
+	"  t.tokens + j.spent, j.waited, j.shrink_to, o.summary, o.summary_sequence," \
 	"  o.summary_failed" \
 	" FROM old AS o JOIN job AS j ON j.id = o.id" \
 	" JOIN task AS t ON t.id = o.task_id" \
@@ -326,8 +327,9 @@ CHAT_STMT(finish_jobs,
 /*
  * $1 holder, then arrays: $2 job, $3 epoch, $4 run at, $5 reset, $6 last seq,
  * $7 attempts to give back, $8 what they wait for, $9 tokens of the next
- * request or 0, $10 usage of the attempt or NULL.  Does not wait for a row that is locked: whoever
- * deletes a session does, and then the job is gone anyway.
+ * request or 0, $10 usage of the attempt or NULL.  Does not wait for a row
+ * that is locked: whoever deletes a session does, and then the job is gone
+ * anyway.
  */
 CHAT_STMT(release_jobs,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("

@@ -12,9 +12,11 @@
 /* Declares the settings of usage. */
 extern void chat_usage_init(void);
 
-/* Raises an error when the user of a session has used up the day's tokens. */
+/* True if the user of a session has used up the day's tokens. */
 extern bool chat_usage_is_over(const pg_uuid_t *session, int64 *used,
 							   int *most);
+
+/* Raises an error then. */
 extern void chat_usage_check(const pg_uuid_t *session);
 
 /* Keeps what a session has used that is about to be deleted. */

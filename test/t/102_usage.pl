@@ -133,6 +133,11 @@ cmp_ok($repeated->{prompt_tokens}, '>', 70, 'more than the last attempt');
 is($repeated->{usage}{prompt_tokens}, $repeated->{prompt_tokens}, 'as its usage says');
 is_deeply([ map { @$_{qw(requests prompt_tokens completion_tokens)} } usage('ida') ],
 	[ 1, @$repeated{qw(prompt_tokens completion_tokens)} ], 'and the view');
+$fake->forget;
+$t = turn(create_session($node, server => 'free', settings => '{"max_tokens_per_task": 600}')->{id},
+	'[[tokens=4 cutafter=2 usage=first times=1 key=spent prompt_tokens=650 completion_tokens=4]]');
+is($t->{error}{code}, 'limit_reached', 'what it has cost counts for max_tokens_per_task');
+is(scalar $fake->completions, 1, '  before the request that would repeat it');
 is_deeply(row($node, "SELECT total_prompt_tokens AS p, total_completion_tokens AS c FROM chat.chat_session WHERE id = '$again'"),
 	{ p => $repeated->{prompt_tokens}, c => $repeated->{completion_tokens} }, 'and the session');
 cmp_ok($repeated->{completion_tokens}, '>', 4, 'the text that was taken back is in it');
