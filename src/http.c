@@ -368,6 +368,7 @@ classify(const ChatTransfer *t, CURLcode rc)
 		case CURLE_HTTP2:
 		case CURLE_HTTP2_STREAM:
 		case CURLE_OUT_OF_MEMORY:
+		case CURLE_ABORTED_BY_CALLBACK: /* on_socket() had no room */
 			return CHAT_HTTP_BROKEN;
 		case CURLE_SSL_CONNECT_ERROR:
 			/* a handshake that broke off, or a peer that cannot shake hands */

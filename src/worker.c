@@ -66,7 +66,6 @@
 #include "tool.h"
 #include "turn.h"
 #include "usage.h"
-#include "usage.h"
 #include "worker.h"
 
 /* jobs of one claim; more follow in the next turn of the loop */
@@ -82,6 +81,8 @@
 /* chat.flush_interval is for so many streams, and up to MAX_PACE times that */
 #define PACE_STREAMS 333
 #define MAX_PACE 10
+/* answers are held back for no longer, in ms: a held stream seems silent */
+#define MAX_HOLD 100
 /* ends of one transaction */
 #define MAX_ENDS 1000
 /* parked tasks of one transaction */
@@ -133,7 +134,8 @@ static int64 tick_at = 0;		/* the answers of this tick are read since */
 static int64 flushed_at = 0;	/* the tick of the last flush */
 static int64 flush_took = 0;	/* that tick, up to then */
 static int64 flush_due = NEVER; /* not before, after an error */
-static bool reading_held = false;	/* answers are read at the next flush */
+static bool early = false;		/* this tick is before that of the next flush */
+static bool reading_held = false;	/* answers are not read in this tick */
 static bool reading_on = false; /* more of them are to be read in this tick */
 static int	tick_reads = 0;
 static bool fence_passed = false;	/* in this tick */
@@ -840,9 +842,9 @@ flush(void)
 }
 
 /*
- * Returns the time before which no flush begins, unless a new stream's: a few
- * streams wait for nothing, many share their commits, and very many send more
- * than one token between two.
+ * Returns the time before which no flush begins: a few streams wait for
+ * nothing, many share their commits, and very many send more than one token
+ * between two.
  */
 static int64
 next_pace(void)
@@ -861,7 +863,7 @@ next_pace(void)
 static int64
 next_flush(void)
 {
-	bool		paced = nstreams <= MANY_STREAMS || reading_held;
+	bool		paced = nstreams <= MANY_STREAMS || early;
 	int64		pace = paced ? next_pace() : 0;
 	int64		due = NEVER;
 	dlist_iter	iter;
@@ -1763,7 +1765,7 @@ sleep_time(void)
 	if (reading_on)
 		due = now;
 	if (reading_held)
-		due = Min(due, next_pace());
+		due = Min(due, Min(next_pace(), flushed_at + MAX_HOLD));
 	due = Min(due, chat_httptool_due());
 	/* the latch alone would not do: a wait for a lock resets it, too */
 	if (ConfigReloadPending || turns_due || (tools_due && !paused) ||
@@ -2047,7 +2049,8 @@ receive(void)
 		tick_at = chat_stream_clock();
 		tick_reads = 0;
 		fence_passed = false;
-		reading_held = nstreams > MANY_STREAMS && tick_at < next_pace();
+		early = nstreams > MANY_STREAMS && tick_at < next_pace();
+		reading_held = early && tick_at < flushed_at + MAX_HOLD;
 		chat_http_hold(reading_held);
 	}
 	reading_on = chat_http_poll() &&

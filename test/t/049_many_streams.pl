@@ -55,6 +55,17 @@ is_deeply(rows_of($ids, 'SELECT DISTINCT count(*) FILTER (WHERE e.payload->>\'ty
 	[ { ends => 1, gapless => JSON::PP::true } ], 'with one end, and without a gap');
 is(row($node, "SELECT count(*) AS n FROM chat.chat_event WHERE task_id = '$held[1]{task}'")->{n},
 	0, 'nothing is left of a session that was deleted');
+
+# however seldom is stored, a stream whose answer is held back is not silent
+$node->safe_psql('postgres', "ALTER SYSTEM SET chat.flush_interval = '3s'");
+$node->reload;
+$node->safe_psql('postgres', "SELECT chat.stream_chat_completion(id, '[[tokens=60 delay=50]]')"
+	  . " FROM (SELECT (chat.create_chat_session(server => 'brief', title => 'brief')).id"
+	  . ' FROM generate_series(1, 120)) AS s');
+wait_for($node, 'SELECT count(*) = 0 FROM chat.chat_task WHERE finished_at IS NULL');
+is_deeply([ rows($node, "SELECT t.status, count(*)::int AS n FROM chat.chat_task AS t"
+		  . " JOIN chat.chat_session AS s ON s.id = t.session_id WHERE s.title = 'brief' GROUP BY 1") ],
+	[ { status => 'completed', n => 120 } ], 'answers that are held back are not silent');
 done_testing();
 
 # Returns the rows of a query about tasks.
