@@ -150,14 +150,14 @@ chat_event_clear(ChatEventLog *log)
 	log->nitems = 0;
 	if (log->text.data == NULL)
 		return;
-	if (log->text.maxlen > 4096)
+	if (log->text.maxlen > 1024)
 	{
 		pfree(log->text.data);
 		memset(&log->text, 0, sizeof(log->text));
 	}
 	else
 		resetStringInfo(&log->text);
-	if (log->maxitems > 64)
+	if (log->maxitems > 16)
 	{
 		pfree(log->items);
 		log->items = NULL;

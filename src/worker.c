@@ -79,7 +79,7 @@
 #define MANY_STREAMS 100
 #define BUSY_BATCH 32
 /* chat.flush_interval is for so many streams, and up to MAX_PACE times that */
-#define PACE_STREAMS 333
+#define PACE_STREAMS 400
 #define MAX_PACE 10
 /* answers are held back for no longer, in ms: a held stream seems silent */
 #define MAX_HOLD 100

@@ -8,8 +8,8 @@
 # tokens without delay, W3 one stream, W4 5000 streams 50 ms apart, W5 and W6
 # 64 sessions with turns of 1 and 10 tokens, cancel the time from cancel_task
 # to the end of the connection beside 200 streams, idle a minute of nothing.
-# In W1 and W4 all streams begin together, and go on in bursts; W1s and W4s,
-# which run when named, are the same begun one after the other.
+# In W1 and W4 all streams begin together, and go on in bursts; W1s and W4s (the
+# latter runs when named) are the same begun one after the other.
 # BENCH_SCALE makes the measured times longer or shorter.  BENCH_CONF holds
 # further settings of the server.  The endpoint, the clients and the server
 # share the machine; the server is restarted before each load and commits as
@@ -112,7 +112,7 @@ ${BENCH_CONF:-}"
 prepare
 echo "$PG_VERSION, $(nproc) processors, $(sed -n \
 	's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
-[ $# -gt 0 ] || set -- W1 W2 W3 W4 W5 W6 cancel idle
+[ $# -gt 0 ] || set -- W1 W1s W2 W3 W4 W5 W6 cancel idle
 for load; do
 	run_load "$load" 60
 done
