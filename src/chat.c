@@ -2,23 +2,27 @@
  * chat.c
  *		The module: a durable LLM chat runtime.
  *
- * What is where: launcher.c and worker.c are the processes, stream.c is one
- * live answer, queue.c, context.c and event.c are what a worker does in the
- * tables, session.c and task.c are the functions that users call.  README.md
- * says what they promise.
+ * What is where: launcher.c and worker.c are the processes; claim.c, flush.c,
+ * errand.c and upkeep.c are the parts of a worker's loop, stream.c is one live
+ * answer, queue.c, context.c and event.c are what a worker does in the tables,
+ * session.c and task.c are the functions that users call.  README.md says what
+ * they promise.
  */
 #include "postgres.h"
 
 #include "fmgr.h"
 #include "utils/guc.h"
 
+#include "claim.h"
 #include "compat.h"
 #include "context.h"
 #include "db.h"
 #include "debug.h"
 #include "event.h"
 #include "launcher.h"
+#include "pace.h"
 #include "prompt.h"
+#include "recheck.h"
 #include "registry.h"
 #include "retention.h"
 #include "server.h"
@@ -29,6 +33,7 @@
 #include "title.h"
 #include "tool.h"
 #include "turn.h"
+#include "upkeep.h"
 #include "usage.h"
 #include "user.h"
 #include "window.h"
@@ -62,6 +67,10 @@ _PG_init(void)
 	chat_summary_init();
 	chat_window_init();
 	chat_worker_init();
+	chat_recheck_init();
+	chat_pace_init();
+	chat_claim_init();
+	chat_upkeep_init();
 	chat_launcher_init();
 	MarkGUCPrefixReserved("chat");
 }

@@ -1,0 +1,108 @@
+/*
+ * pace.c
+ *		When answers are read and stored.
+ *
+ * Owns the current tick and what the last flush took, local to the process.
+ * Up to CHAT_MANY_STREAMS each turn of the loop is a tick.  What more streams
+ * send is read when it can be stored, and then all of it: so many tokens share
+ * a commit, and the time goes into answers, not into turns of the loop.
+ */
+#include "postgres.h"
+
+#include "utils/guc.h"
+
+#include "http.h"
+#include "pace.h"
+#include "stream.h"
+#include "streams.h"
+#include "work.h"
+
+/* up to so many open streams each flush is made at once */
+#define FEW_STREAMS 4
+/* chat.flush_interval is for so many streams, and up to MAX_PACE times that */
+#define PACE_STREAMS 400
+#define MAX_PACE 10
+/* answers are held back for no longer, in ms: a held stream seems silent */
+#define MAX_HOLD 100
+
+ChatPace	chat_pace;
+
+static int	flush_interval = 10;
+
+/* times, in ms of chat_stream_clock() */
+static int64 tick_at = 0;		/* the answers of this tick are read since */
+static int64 flushed_at = 0;	/* the tick of the last flush */
+static int64 flush_took = 0;	/* that tick, up to then */
+
+static int	tick_reads = 0;
+
+/* Declares the setting of the pace. */
+void
+chat_pace_init(void)
+{
+	DefineCustomIntVariable("chat.flush_interval",
+							"Shortest time between two flushes of deltas.",
+							NULL, &flush_interval, 10, 0, 10000,
+							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+}
+
+/*
+ * Returns the time before which no flush begins: a few streams wait for
+ * nothing, many share their commits, and very many send more than one token
+ * between two.
+ */
+int64
+chat_pace_next(void)
+{
+	int64		interval = flush_interval;
+
+	if (chat_streams.n <= FEW_STREAMS)
+		interval = 0;
+	else if (chat_streams.n > PACE_STREAMS)
+		interval = Min(interval * chat_streams.n / PACE_STREAMS,
+					   interval * MAX_PACE);
+	return flushed_at + Max(interval, flush_took);
+}
+
+/* Begins a tick, unless the last one is still being read. */
+void
+chat_pace_begin(void)
+{
+	if (chat_pace.reading)
+		return;
+	/* what many send is read when it can be stored, and then all of it */
+	tick_at = chat_stream_clock();
+	tick_reads = 0;
+	chat_pace.tick++;
+	chat_pace.early = chat_streams.n > CHAT_MANY_STREAMS &&
+		tick_at < chat_pace_next();
+	chat_pace.held = chat_pace.early && tick_at < flushed_at + MAX_HOLD;
+	chat_http_hold(chat_pace.held);
+}
+
+/* Notes that answers were read; a tick has an end, whatever comes. */
+void
+chat_pace_read(bool more)
+{
+	chat_pace.reading = more &&
+		++tick_reads <= chat_streams.n / CHAT_HTTP_BATCH;
+}
+
+/* Notes that what was read is stored. */
+void
+chat_pace_flushed(void)
+{
+	flushed_at = tick_at;
+	flush_took = chat_stream_clock() - tick_at;
+}
+
+/* Returns when answers are to be read that the descriptor does not tell of. */
+int64
+chat_pace_due(int64 now)
+{
+	int64		due = chat_pace.reading ? now : CHAT_NEVER;
+
+	if (chat_pace.held)
+		due = Min(due, Min(chat_pace_next(), flushed_at + MAX_HOLD));
+	return due;
+}
