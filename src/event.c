@@ -327,7 +327,8 @@ static int
 fill_slots(const ChatEventBatch *batch, int16 slot, int *row,
 		   TupleTableSlot **slots, int max)
 {
-	Datum		now = TimestampTzGetDatum(GetCurrentTransactionStartTimestamp());
+	TimestampTz start = GetCurrentTransactionStartTimestamp();
+	Datum		now = TimestampTzGetDatum(start);
 	int			n = 0;
 
 	for (; *row < batch->n && n < max; (*row)++)
@@ -418,10 +419,12 @@ chat_event_notify(ChatEventBatch *batch)
 void
 chat_event_heartbeat(const char *channel, const char *task)
 {
-	char	   *payload = psprintf("{\"type\":\"data-heartbeat\",\"data\":{\"at\":" INT64_FORMAT "},\"transient\":true,\"taskId\":\"%s\"}",
-								   (int64) (GetCurrentTimestamp() / 1000) + EPOCH_SHIFT, task);
+	int64		at = GetCurrentTimestamp() / 1000 + EPOCH_SHIFT;
 
-	Async_Notify(channel, payload);
+	Async_Notify(channel,
+				 psprintf("{\"type\":\"data-heartbeat\","
+						  "\"data\":{\"at\":" INT64_FORMAT "},"
+						  "\"transient\":true,\"taskId\":\"%s\"}", at, task));
 }
 
 /*

@@ -13,10 +13,6 @@
  */
 #include "postgres.h"
 
-#include "access/xact.h"
-#include "utils/memutils.h"
-#include "utils/timestamp.h"
-
 #include "event.h"
 #include "flush.h"
 #include "http.h"

@@ -205,7 +205,7 @@ find_embedded4(const struct in6_addr *a, uint32 *v4)
 		*v4 = embedded4(b + 12);
 	else if (b[0] == 0x20 && b[1] == 0x02)	/* 6to4 */
 		*v4 = embedded4(b + 2);
-	else if (embedded4(b) == 0x20010000)	/* Teredo, whose client is inverted */
+	else if (embedded4(b) == 0x20010000)	/* Teredo: client is inverted */
 		*v4 = ~embedded4(b + 12);
 	else
 		return false;
@@ -248,14 +248,19 @@ address_allowed(const ChatTransfer *t, const struct sockaddr *addr)
 {
 	if (addr->sa_family == AF_INET)
 	{
-		uint32		a = ntohl(((const struct sockaddr_in *) addr)->sin_addr.s_addr);
+		const struct sockaddr_in *in = (const struct sockaddr_in *) addr;
+		uint32		a = ntohl(in->sin_addr.s_addr);
 
 		if (is_loopback4(a))
 			return t->allow_loopback || t->allow_private;
 		return t->allow_private || !is_private4(a);
 	}
 	if (addr->sa_family == AF_INET6)
-		return address6_allowed(t, &((const struct sockaddr_in6 *) addr)->sin6_addr);
+	{
+		const struct sockaddr_in6 *in = (const struct sockaddr_in6 *) addr;
+
+		return address6_allowed(t, &in->sin6_addr);
+	}
 	return false;
 }
 

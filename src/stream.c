@@ -64,12 +64,24 @@ chat_stream_init(void)
 		int			min;
 		int			max;
 	}			times[] = {
-		{"chat.connect_timeout", "Longest time to connect to an endpoint.", &connect_timeout, 10000, 1, 600000},
-		{"chat.first_token_timeout", "Longest time from the request to the first content.", &first_token_timeout, 60000, 1, INT_MAX / 2},
-		{"chat.idle_timeout", "Longest time between two contents of a stream.", &idle_timeout, 60000, 1, INT_MAX / 2},
-		{"chat.stream_timeout", "Longest time of a whole stream.", &stream_timeout, 300000, 1, INT_MAX / 2},
-		{"chat.retry_base_delay", "Delay before the first retry; it doubles with each.", &retry_base_delay, 1000, 1, 3600000},
-		{"chat.retry_max_delay", "Longest delay before a retry.", &retry_max_delay, 30000, 1, 3600000},
+		{"chat.connect_timeout",
+		"Longest time to connect to an endpoint.",
+		&connect_timeout, 10000, 1, 600000},
+		{"chat.first_token_timeout",
+		"Longest time from the request to the first content.",
+		&first_token_timeout, 60000, 1, INT_MAX / 2},
+		{"chat.idle_timeout",
+		"Longest time between two contents of a stream.",
+		&idle_timeout, 60000, 1, INT_MAX / 2},
+		{"chat.stream_timeout",
+		"Longest time of a whole stream.",
+		&stream_timeout, 300000, 1, INT_MAX / 2},
+		{"chat.retry_base_delay",
+		"Delay before the first retry; it doubles with each.",
+		&retry_base_delay, 1000, 1, 3600000},
+		{"chat.retry_max_delay",
+		"Longest delay before a retry.",
+		&retry_max_delay, 30000, 1, 3600000},
 	};
 
 	for (size_t i = 0; i < lengthof(times); i++)
@@ -125,7 +137,8 @@ chat_stream_create(const ChatJob *job, MemoryContext parent)
 	s->target.slot = job->slot;
 	s->target.channel = s->job.channel;
 	snprintf(s->target.task_text, sizeof(s->target.task_text),
-			 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
+			 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-"
+			 "%02x%02x%02x%02x%02x%02x",
 			 u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9],
 			 u[10], u[11], u[12], u[13], u[14], u[15]);
 	s->seq = job->seq;
@@ -603,11 +616,12 @@ tool_calls_json(ChatStream *s)
 			appendStringInfoChar(&json, ',');
 		appendStringInfoString(&json, "{\"id\":");
 		chat_append_string(&json, t->id, strlen(t->id));
-		appendStringInfoString(&json, ",\"type\":\"function\",\"function\":{\"name\":");
+		appendStringInfoString(&json, ",\"type\":\"function\",\"function\":{"
+							   "\"name\":");
 		chat_append_string(&json, t->name, strlen(t->name));
 		appendStringInfoString(&json, ",\"arguments\":");
 		chat_append_string(&json, t->arguments.data ? t->arguments.data : "",
-					t->arguments.len);
+						   t->arguments.len);
 		if (t->fn_extra)
 			appendStringInfo(&json, ",%s", t->fn_extra);
 		appendStringInfoChar(&json, '}');
@@ -632,8 +646,8 @@ function_call_json(ChatStream *s)
 	chat_append_string(&json, s->function_name, strlen(s->function_name));
 	appendStringInfoString(&json, ",\"arguments\":");
 	chat_append_string(&json, s->function_arguments.data
-				? s->function_arguments.data : "",
-				s->function_arguments.len);
+					   ? s->function_arguments.data : "",
+					   s->function_arguments.len);
 	appendStringInfoChar(&json, '}');
 	return json.data;
 }
@@ -695,8 +709,8 @@ log_metadata(ChatStream *s, const ChatEnd *end)
 	StringInfoData json;
 
 	initStringInfo(&json);
-	appendStringInfo(&json, "{\"type\":\"message-metadata\",\"messageMetadata\":{\"usage\":%s",
-					 end->usage);
+	appendStringInfo(&json, "{\"type\":\"message-metadata\","
+					 "\"messageMetadata\":{\"usage\":%s", end->usage);
 	chat_append_member(&json, "model", s->model);
 	chat_append_member(&json, "finishReason", s->finish_reason);
 	appendStringInfoString(&json, "}}");
@@ -774,7 +788,7 @@ calls_json(ChatStream *s)
 		chat_append_member(&json, "id", t->id);
 		chat_append_member(&json, "name", t->name);
 		chat_append_member(&json, "arguments",
-					  t->arguments.data ? t->arguments.data : "");
+						   t->arguments.data ? t->arguments.data : "");
 		if (input)
 			appendStringInfo(&json, ",\"input\":%s", input);
 		else
@@ -1044,13 +1058,14 @@ void
 chat_stream_poisoned(ChatStream *s)
 {
 	MemoryContext old = MemoryContextSwitchTo(s->context);
+	const char *code = chat_provider_error(CHAT_ERROR_LIMIT_REACHED)->name;
 	char	   *message = psprintf("the task has crashed its worker %d times and was put aside",
 								   s->job.blamed);
 
 	chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0, message);
-	s->end.error = psprintf("{\"code\":\"%s\",\"retryable\":false,\"message\":\"%s\",\"crashes\":%d}",
-							chat_provider_error(CHAT_ERROR_LIMIT_REACHED)->name,
-							message, s->job.blamed);
+	s->end.error = psprintf("{\"code\":\"%s\",\"retryable\":false,"
+							"\"message\":\"%s\",\"crashes\":%d}",
+							code, message, s->job.blamed);
 	s->end.usage = NULL;
 	MemoryContextSwitchTo(old);
 }
@@ -1087,7 +1102,8 @@ static void
 fail_transfer(ChatStream *s)
 {
 	ChatTransfer *t = s->transfer;
-	char	   *message = psprintf("request to the endpoint failed: %s", t->error);
+	char	   *message = psprintf("request to the endpoint failed: %s",
+								   t->error);
 
 	switch (t->end)
 	{
@@ -1117,6 +1133,8 @@ fail_transfer(ChatStream *s)
 static void
 settle(ChatStream *s)
 {
+	const ChatErrorCode *empty =
+	chat_provider_error(CHAT_ERROR_EMPTY_RESPONSE);
 	bool		filtered = s->finish_reason &&
 		strcmp(s->finish_reason, "content_filter") == 0;
 
@@ -1133,8 +1151,7 @@ settle(ChatStream *s)
 						 "the endpoint's content filter stopped the answer");
 	else
 		chat_stream_fail(s, CHAT_ERROR_EMPTY_RESPONSE,
-						 chat_provider_error(CHAT_ERROR_EMPTY_RESPONSE)->retryable,
-						 s->transfer->status,
+						 empty->retryable, s->transfer->status,
 						 "the endpoint's answer holds no text, refusal or tool call");
 }
 
@@ -1234,7 +1251,8 @@ chat_stream_check_time(ChatStream *s, int64 now)
 	? s->server->idle_timeout : idle_timeout;
 	int			whole = s->server->stream_timeout >= 0
 	? s->server->stream_timeout : stream_timeout;
-	int64		silent_due = s->content_at + (s->first_content_at ? idle : first);
+	int64		silent_due = s->content_at +
+	(s->first_content_at ? idle : first);
 	int64		whole_due = s->opened_at + whole;
 
 	if (s->ended)

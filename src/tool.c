@@ -68,7 +68,7 @@
 #define MAX_TRIES 20
 /* a slot whose worker never came is free again after, in ms */
 #define START_TIME 30000
-/* a function that goes on after its timeout is ended with its process, in ms */
+/* a function that goes on after its timeout ends with its process, in ms */
 #define GRACE 2000
 
 static int	tool_workers = 4;
@@ -308,11 +308,13 @@ static bool
 start_tool_worker(Oid role)
 {
 	Oid			extra[2] = {MyDatabaseId, role};
-	int			slot = chat_shmem_take_slot(CHAT_SLOT_TOOL, MyDatabaseId, role);
+	int			slot = chat_shmem_take_slot(CHAT_SLOT_TOOL, MyDatabaseId,
+											role);
 	BackgroundWorker worker = {
 		.bgw_name = "chat tool worker",
 		.bgw_type = "chat tool worker",
-		.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION,
+		.bgw_flags = BGWORKER_SHMEM_ACCESS |
+		BGWORKER_BACKEND_DATABASE_CONNECTION,
 		.bgw_start_time = BgWorkerStart_RecoveryFinished,
 		.bgw_restart_time = BGW_NEVER_RESTART,
 		.bgw_library_name = "chat",
@@ -333,7 +335,8 @@ start_tool_worker(Oid role)
 static int
 count_missing(const WaitingRole *r, bool *later)
 {
-	int			missing = r->calls > 0 ? r->calls - count_starting(r->role) : 0;
+	int			missing = r->calls > 0
+	? r->calls - count_starting(r->role) : 0;
 
 	if (missing <= 0 || r->not_before <= chat_shmem_clock())
 		return missing;
@@ -357,7 +360,7 @@ chat_tool_schedule(void)
 
 	for (int i = 0; i < nroles; i++)
 		wanted += missing[i] = Max(count_missing(&roles[i], &later), 0);
-	/* a worker that ends rings: no need to come back for those that are left */
+	/* a worker that ends rings: no need to come back for what is left */
 	while (wanted > 0 && live < tool_workers)
 	{
 		int			i = turn++ % nroles;
@@ -643,11 +646,12 @@ typedef struct Function
 static void
 look_up_function(const char *signature, Function *f)
 {
-	Oid			oid = DatumGetObjectId(DirectFunctionCall1(regprocedurein,
-														   CStringGetDatum(signature)));
-	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(oid));
+	Datum		oid = DirectFunctionCall1(regprocedurein,
+										  CStringGetDatum(signature));
+	HeapTuple	tuple = SearchSysCache1(PROCOID, oid);
 	Form_pg_proc form;
 	Oid		   *types;
+	char	   *schema;
 	char	   *modes;
 	char	  **names;
 	int			n;
@@ -661,8 +665,8 @@ look_up_function(const char *signature, Function *f)
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("\"%s\" is not a plain function", signature)));
-	f->name = quote_qualified_identifier(get_namespace_name(form->pronamespace),
-										 NameStr(form->proname));
+	schema = get_namespace_name(form->pronamespace);
+	f->name = quote_qualified_identifier(schema, NameStr(form->proname));
 	f->result = form->prorettype;
 	f->returns_set = form->proretset;
 	n = get_func_arg_info(tuple, &types, &names, &modes);
@@ -672,16 +676,20 @@ look_up_function(const char *signature, Function *f)
 	{
 		Argument   *a = &f->args[f->nargs];
 
-		if (modes && (modes[i] == PROARGMODE_OUT || modes[i] == PROARGMODE_TABLE))
+		if (modes &&
+			(modes[i] == PROARGMODE_OUT || modes[i] == PROARGMODE_TABLE))
 			continue;
 		a->name = names && names[i] ? names[i] : "";
 		a->type = types[i];
 		a->otherwise = NULL;
 		/* the last ones have the defaults */
 		if (++f->nargs > form->pronargs - form->pronargdefaults)
-			a->otherwise = TextDatumGetCString(DirectFunctionCall2(pg_get_function_arg_default,
-																   ObjectIdGetDatum(oid),
-																   Int32GetDatum(i + 1)));
+		{
+			Datum		d = DirectFunctionCall2(pg_get_function_arg_default,
+												oid, Int32GetDatum(i + 1));
+
+			a->otherwise = TextDatumGetCString(d);
+		}
 	}
 	ReleaseSysCache(tuple);
 }
@@ -710,7 +718,7 @@ schema_properties(const char *parameters)
 	return NULL;
 }
 
-/* Returns the json argument that takes the whole object, as schema.c has it. */
+/* Returns the json argument that takes the whole object, as in schema.c. */
 static int
 find_whole(const Function *f, JsonbContainer *properties)
 {
@@ -752,8 +760,9 @@ absent_argument(const Argument *a)
 static char *
 call_statement(const ToolCall *c, const Function *f)
 {
-	JsonbContainer *input = &DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
-																CStringGetDatum(c->input)))->root;
+	Datum		object = DirectFunctionCall1(jsonb_in,
+											 CStringGetDatum(c->input));
+	JsonbContainer *input = &DatumGetJsonbP(object)->root;
 	JsonbContainer *properties = schema_properties(c->parameters);
 	int			whole = find_whole(f, properties);
 	StringInfoData args;
@@ -769,7 +778,8 @@ call_statement(const ToolCall *c, const Function *f)
 
 		appendStringInfoString(&args, i ? ", " : "");
 		if (i == whole)
-			appendStringInfo(&args, "$1::%s", format_type_be_qualified(a->type));
+			appendStringInfo(&args, "$1::%s",
+							 format_type_be_qualified(a->type));
 		else if (properties && has_member(properties, a->name) &&
 				 has_member(input, a->name))
 		{
@@ -780,14 +790,16 @@ call_statement(const ToolCall *c, const Function *f)
 		else
 			appendStringInfoString(&args, absent_argument(a));
 	}
-	if (f->result == JSONOID || f->result == JSONBOID || f->result == TEXTOID ||
-		f->result == VARCHAROID || f->result == VOIDOID)
+	if (f->result == JSONOID || f->result == JSONBOID ||
+		f->result == TEXTOID || f->result == VARCHAROID ||
+		f->result == VOIDOID)
 		wrap = "q.x";
 	if (f->returns_set)
 		wrap = "COALESCE(pg_catalog.json_agg(q.x), '[]')";
 	return psprintf("SELECT (%s)::text FROM (SELECT %s(%s) AS x%s%s%s) AS q",
 					wrap, f->name, args.data,
-					columns.len ? " FROM pg_catalog.jsonb_to_record($1) AS r(" : "",
+					columns.len
+					? " FROM pg_catalog.jsonb_to_record($1) AS r(" : "",
 					columns.data, columns.len ? ")" : "");
 }
 

@@ -123,9 +123,10 @@ CHAT_STMT(park_tasks,
 		  "   'type', 'operation_in_progress', 'operation_id', twin,"
 		  "   'tool_name', name, 'message', 'The same operation was started"
 		  " before and goes on; its result will follow.')"
-		  "  ELSE json_build_object('type', 'error', 'message', 'Tool ' || name"
-		  "   || ' ' || trouble, 'code', CASE status WHEN 'denied'"
-		  "   THEN 'denied' ELSE 'invalid_input' END) END::text,"
+		  "  ELSE json_build_object('type', 'error', 'message',"
+		  "   'Tool ' || name || ' ' || trouble,"
+		  "   'code', CASE status WHEN 'denied' THEN 'denied'"
+		  "   ELSE 'invalid_input' END) END::text,"
 		  "  NULL, now() FROM judged WHERE trouble IS NOT NULL"
 		  " UNION ALL"
 		  " SELECT operation, session, task, answer, place, sequence, step,"
@@ -455,7 +456,8 @@ chat_turn_init(void)
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("chat.max_tool_output_length",
 							"Most characters of a tool's result that the model is shown.",
-							NULL, &max_tool_output_length, 100000, 100, 100000000,
+							NULL, &max_tool_output_length,
+							100000, 100, 100000000,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("chat.operation_timeout",
 							"Longest time that a long operation, an approval or the application's output is waited for.",
@@ -624,7 +626,8 @@ log_started(Turn *t, const Call *c)
 	StringInfoData json;
 
 	begin_event(&json, "tool-output-available", c);
-	appendStringInfo(&json, ",\"preliminary\":true,\"output\":{\"type\":\"operation_started\",\"operation_id\":\"%s\"",
+	appendStringInfo(&json, ",\"preliminary\":true,\"output\":{"
+					 "\"type\":\"operation_started\",\"operation_id\":\"%s\"",
 					 uuid_text(&c->operation));
 	chat_append_member(&json, "tool_name", c->name);
 	appendStringInfoChar(&json, '}');
@@ -706,7 +709,8 @@ announce(Turn *t, Call *c)
 	appendStringInfoString(&json, "{\"type\":\"operation_pending\"");
 	chat_append_member(&json, "operation_id", uuid_text(&c->operation));
 	chat_append_member(&json, "tool_name", c->name);
-	chat_append_member(&json, "message", "The operation goes on; its result will follow.");
+	chat_append_member(&json, "message",
+					   "The operation goes on; its result will follow.");
 	appendStringInfoChar(&json, '}');
 	c->content = json.data;
 }
@@ -765,10 +769,13 @@ end_task(Turn *t, ChatEndKind kind, const char *error, const char *event)
 static void
 end_by_limit(Turn *t, const char *text)
 {
-	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"finish-step\"}");
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   "{\"type\":\"finish-step\"}");
 	end_task(t, CHAT_END_FAILED,
-			 psprintf("{\"code\":\"limit_reached\",\"retryable\":false,\"message\":\"%s\"}", text),
-			 psprintf("{\"type\":\"error\",\"errorText\":\"%s\",\"code\":\"limit_reached\"}", text));
+			 psprintf("{\"code\":\"limit_reached\",\"retryable\":false,"
+					  "\"message\":\"%s\"}", text),
+			 psprintf("{\"type\":\"error\",\"errorText\":\"%s\","
+					  "\"code\":\"limit_reached\"}", text));
 	chat_event_add(&t->log, CurrentMemoryContext,
 				   "{\"type\":\"finish\",\"finishReason\":\"error\"}");
 }
@@ -798,8 +805,10 @@ next_step(Turn *t)
 		t->detached = true;
 		return;
 	}
-	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"finish-step\"}");
-	chat_event_add(&t->log, CurrentMemoryContext, "{\"type\":\"start-step\"}");
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   "{\"type\":\"finish-step\"}");
+	chat_event_add(&t->log, CurrentMemoryContext,
+				   "{\"type\":\"start-step\"}");
 	t->parked = false;
 	t->run_at = DT_NOBEGIN;
 	t->status = "running";
@@ -843,7 +852,8 @@ log_again(Turn *t, const char *kind, const ChatDeltaType *delta,
 	if (text == NULL || text[0] == '\0')
 		return;
 	chat_event_add(&t->log, CurrentMemoryContext,
-				   psprintf("{\"type\":\"%s-start\",\"id\":\"%s\"}", kind, id));
+				   psprintf("{\"type\":\"%s-start\",\"id\":\"%s\"}",
+							kind, id));
 	chat_event_delta(&t->log, CurrentMemoryContext, delta, id, text,
 					 strlen(text));
 	chat_event_add(&t->log, CurrentMemoryContext,
@@ -889,7 +899,8 @@ take_turn(Turn *t, TimestampTz now)
 		open |= !look_at_call(t, &t->calls[i], now);
 	if (t->job.cancel)
 		end_task(t, CHAT_END_CANCELLED,
-				 "{\"code\":\"cancelled\",\"message\":\"the task was cancelled\",\"retryable\":false}",
+				 "{\"code\":\"cancelled\","
+				 "\"message\":\"the task was cancelled\",\"retryable\":false}",
 				 "{\"type\":\"abort\"}");
 	else if (open)
 		wait_on(t);
@@ -1049,8 +1060,9 @@ write_calls(Turn *turns, int nturns)
 		return;
 	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&calls[i]->operation));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(calls[i]->new_status));
-	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(calls[i]->new_status
-									? calls[i]->result : NULL));
+	CHAT_DB_COLUMN(chat_texts,
+				   chat_db_text_or_null(calls[i]->new_status
+										? calls[i]->result : NULL));
 	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(calls[i]->announced));
 	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(calls[i]->delivered));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(calls[i]->content));
@@ -1128,7 +1140,7 @@ write_turns(int64 holder, Turn *turns, int n, ChatEventBatch *batch)
 		else
 			going[ngoing++] = &turns[i];
 	}
-	/* who ends a task rings those that wait for its session: they come first */
+	/* who ends a task rings those that wait for its session: these first */
 	write_jobs(holder, going, ngoing);
 	finish_tasks(holder, ends, nends);
 }
@@ -1168,8 +1180,10 @@ fail_turn(Turn *t)
 		chat_event_add(&t->log, CurrentMemoryContext,
 					   "{\"type\":\"reset-step\"}");
 	end_task(t, CHAT_END_FAILED,
-			 "{\"code\":\"endpoint_error\",\"retryable\":false,\"message\":\"" TURN_FAILED "\"}",
-			 "{\"type\":\"error\",\"errorText\":\"" TURN_FAILED "\",\"code\":\"endpoint_error\"}");
+			 "{\"code\":\"endpoint_error\",\"retryable\":false,"
+			 "\"message\":\"" TURN_FAILED "\"}",
+			 "{\"type\":\"error\",\"errorText\":\"" TURN_FAILED "\","
+			 "\"code\":\"endpoint_error\"}");
 	chat_event_add(&t->log, CurrentMemoryContext,
 				   "{\"type\":\"finish\",\"finishReason\":\"error\"}");
 }

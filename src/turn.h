@@ -42,7 +42,7 @@ extern int	chat_turn_run(int64 holder, int most, bool bare,
 /* Notifies a heartbeat for each task whose tools run. */
 extern void chat_turn_heartbeat(void);
 
-/* Tells listeners how far an operation is; false when its task is not parked. */
+/* Tells listeners how far an operation is; false if its task is not parked. */
 extern bool chat_turn_progress(const pg_uuid_t *operation, const char *report,
 							   ChatEventBatch *batch, pg_uuid_t *task);
 

@@ -103,10 +103,14 @@ sleep_time(void)
 	int64		due = Min(chat_due.check, chat_due.beat);
 	long		http = chat_http_timeout();
 
-	due = Min(due, Min(chat_due.strays, chat_due.adopt));
-	due = Min(due, Min(chat_flush_due(), chat_claim_due()));
-	due = Min(due, Min(chat_retention_due(), chat_side_due()));
-	due = Min(due, Min(chat_httptool_due(), chat_pace_due(now)));
+	due = Min(due, chat_due.strays);
+	due = Min(due, chat_due.adopt);
+	due = Min(due, chat_flush_due());
+	due = Min(due, chat_claim_due());
+	due = Min(due, chat_retention_due());
+	due = Min(due, chat_side_due());
+	due = Min(due, chat_httptool_due());
+	due = Min(due, chat_pace_due(now));
 	/* the latch alone would not do: a wait for a lock resets it, too */
 	if (ConfigReloadPending || chat_due.turns ||
 		(chat_due.tools && !chat_recheck_is_paused()) ||
@@ -284,6 +288,21 @@ reload(void)
 	chat_due.claim = 0;
 }
 
+/* Sleeps until something is due or comes. */
+static void
+sleep_on(WaitEventSet *set)
+{
+	WaitEvent	event;
+
+	if (WaitEventSetWait(set, sleep_time(), &event, 1,
+						 wait_event_main) == 1 &&
+		(event.events & WL_LATCH_SET))
+	{
+		ResetLatch(MyLatch);
+		chat_due.claim = chat_due.turns_retry = 0;
+	}
+}
+
 /* Main function of the worker. */
 void
 chat_worker_main(Datum slot)
@@ -292,7 +311,6 @@ chat_worker_main(Datum slot)
 
 	for (;;)
 	{
-		WaitEvent	event;
 		int64		now;
 
 		/* a cancel request found no statement to cancel */
@@ -341,12 +359,6 @@ chat_worker_main(Datum slot)
 		if (chat_due.beat <= now)
 			chat_upkeep_beat(now);
 		chat_work_reset();
-		if (WaitEventSetWait(set, sleep_time(), &event, 1,
-							 wait_event_main) == 1 &&
-			(event.events & WL_LATCH_SET))
-		{
-			ResetLatch(MyLatch);
-			chat_due.claim = chat_due.turns_retry = 0;
-		}
+		sleep_on(set);
 	}
 }
