@@ -376,9 +376,10 @@ CHAT_STMT(blame_jobs,
 		  INT8ARRAYOID);
 
 /*
- * The same for tool calls, $3 being the crashes that end one.  A SQL tool and its result are one transaction: it
- * has had no effect and runs again (unless it takes its worker down each
- * time).  Of an HTTP tool nobody knows, so only an idempotent one does.
+ * The same for tool calls, $3 being the crashes that end one.  A SQL tool and
+ * its result are one transaction: it has had no effect and runs again (unless
+ * it takes its worker down each time).  Of an HTTP tool nobody knows, so only
+ * an idempotent one does.
  */
 CHAT_STMT(adopt_calls,
 		  "WITH dead AS MATERIALIZED ("
