@@ -304,6 +304,7 @@ choose(int most, Datum *ids)
 	Datum	   *jobs = palloc(sizeof(Datum) * Max(found, 1));
 	const char **servers = palloc(sizeof(char *) * Max(found, 1));
 	bool	   *behind = palloc(Max(found, 1));
+	int64		now = chat_stream_clock();
 	int			n = 0;
 
 	for (int i = 0; i < found; i++)
@@ -315,7 +316,7 @@ choose(int most, Datum *ids)
 	most = DatumGetInt32(values[1]);
 	for (int i = 0; i < found && n < most; i++)
 	{
-		if (chat_throttle_admit(servers[i], behind[i], &contended))
+		if (chat_throttle_admit(servers[i], behind[i], now, &contended))
 			ids[n++] = jobs[i];
 		else
 			refused = true;

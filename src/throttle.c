@@ -275,14 +275,15 @@ chat_throttle_reserve(int most, ChatRoom *room)
 }
 
 /*
- * Sets one request beside the turns aside; false if its server has no room,
- * or turns wait for it (behind).  What was refused may be free at once when
- * it is only set aside by another worker's claim: that is added to contended.
+ * Sets one request beside the turns aside; false if its server has no room
+ * now, or turns wait for it (behind).  What was refused may be free at once
+ * when it is only set aside by another worker's claim: that is added to
+ * contended.
  */
 bool
-chat_throttle_admit(const char *server, bool behind, bool *contended)
+chat_throttle_admit(const char *server, bool behind, int64 now,
+					bool *contended)
 {
-	int64		now = chat_stream_clock();
 	bool		room = true;
 
 	if (!limits_valid)
@@ -328,7 +329,11 @@ chat_throttle_settle(void)
 	LWLockRelease(chat_shared->lock);
 }
 
-/* Returns when a server that is closed for a time opens again. */
+/*
+ * Returns when a server opens again that was closed for a time when it was
+ * asked last.  Maybe that time has come since: then it is due at once, for
+ * nothing else would tell.
+ */
 int64
 chat_throttle_due(void)
 {
@@ -342,10 +347,12 @@ chat_throttle_due(void)
 
 		if (e->database != MyDatabaseId)
 			continue;
-		if (now < e->paused_until)
+		if (reserved_at < e->paused_until)
 			due = Min(due, e->paused_until);
 		else if (e->max_rate > 0 && requests_of_minute(e, now) >= e->max_rate)
 			due = Min(due, oldest_leaves(e));
+		else if (e->max_rate > 0 && now / 1000 > reserved_at / 1000)
+			due = Min(due, now);
 	}
 	LWLockRelease(chat_shared->lock);
 	return due;

@@ -29,7 +29,7 @@ extern void chat_throttle_reserve(int most, ChatRoom *room);
 extern void chat_throttle_settle(void);
 
 /* The same for one request beside the turns, behind those that wait. */
-extern bool chat_throttle_admit(const char *server, bool behind,
+extern bool chat_throttle_admit(const char *server, bool behind, int64 now,
 								bool *contended);
 
 /* Tell of a stream's request: it starts, content has come, it has ended. */
