@@ -375,8 +375,13 @@ void
 chat_claim_run(void)
 {
 	Claim		c = {0};
-	ErrorData  *edata = chat_work_try("claim jobs", true, claim_work, &c);
+	int64		begun = chat_stream_clock();
+	ErrorData  *edata;
 
+	/* who rings from here on may have come too late for this claim */
+	if (pg_atomic_exchange_u32(&chat_slot->rung, 0))
+		chat_due.turns_retry = 0;
+	edata = chat_work_try("claim jobs", true, claim_work, &c);
 	if (chat_work_is_too_loud(edata))
 	{
 		undo_claim(&c);
@@ -388,6 +393,7 @@ chat_claim_run(void)
 	{
 		plan_next(&c);
 		claim_committed(&c);
+		chat_pace_claimed(begun);
 		chat_throttle_settle();
 		if (claim_mode == CHAT_WORK_BARE)
 			claim_mode = CHAT_WORK_SINGLE;
@@ -416,16 +422,15 @@ chat_claim_run(void)
 
 /*
  * Returns when the queue is to be looked at: also when there is no room for
- * more.  Where many streams share their commits, new ones share theirs, too.
+ * more.  New turns wait for each other, what is known to be there does not.
  */
 int64
 chat_claim_due(void)
 {
 	int64		due = Min(chat_due.claim, chat_due.rest);
 
-	if ((chat_pace.held || chat_pace.reading) && !crowded && !cancels_due &&
-		claim_mode == CHAT_WORK_BATCH)
-		due = Max(due, chat_pace_next());
+	if (!crowded && !cancels_due && claim_mode == CHAT_WORK_BATCH)
+		due = Max(due, chat_pace_claim());
 	return due;
 }
 

@@ -29,7 +29,11 @@ ChatPace	chat_pace;
 
 static int	flush_interval = 10;
 
+/* claims rest for so many times as long as they take */
+#define CLAIM_REST 2
+
 /* times, in ms of chat_stream_clock() */
+static int64 claim_at = 0;		/* no claim before */
 static int64 tick_at = 0;		/* the answers of this tick are read since */
 static int64 flushed_at = 0;	/* the tick of the last flush */
 static int64 flush_took = 0;	/* that tick, up to then */
@@ -94,6 +98,30 @@ chat_pace_flushed(void)
 {
 	flushed_at = tick_at;
 	flush_took = chat_stream_clock() - tick_at;
+}
+
+/*
+ * Notes that a claim was made, begun at that time.  Where a few streams are
+ * open, the next one comes at once; where there are more, new turns wait for
+ * each other, so that they share what a claim costs whatever its size.
+ */
+void
+chat_pace_claimed(int64 begun)
+{
+	int64		now = chat_stream_clock();
+
+	claim_at = chat_streams.n <= FEW_STREAMS ? now
+		: now + Min(1 + CLAIM_REST * (now - begun), flush_interval);
+}
+
+/*
+ * Returns the time before which new turns are not claimed.  Where many streams
+ * share their commits, new ones share theirs, too.
+ */
+int64
+chat_pace_claim(void)
+{
+	return chat_pace.held || chat_pace.reading ? chat_pace_next() : claim_at;
 }
 
 /* Returns when answers are to be read that the descriptor does not tell of. */

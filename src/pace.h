@@ -35,6 +35,12 @@ extern void chat_pace_flushed(void);
 /* Returns the time before which no flush begins. */
 extern int64 chat_pace_next(void);
 
+/* Notes that a claim was made, begun at that time. */
+extern void chat_pace_claimed(int64 begun);
+
+/* Returns the time before which new turns are not claimed. */
+extern int64 chat_pace_claim(void);
+
 /* Returns when answers are to be read that the descriptor does not tell of. */
 extern int64 chat_pace_due(int64 now);
 

@@ -382,9 +382,9 @@ chat_shmem_ring(Oid database, bool recheck)
 			pg_atomic_write_u32(&slot->recheck, 1);
 		if (strays_wanted)
 			pg_atomic_write_u32(&slot->strays, 1);
-		pg_atomic_write_u32(&slot->rung, 1);
-		pg_memory_barrier();
-		SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
+		/* who has not yet looked since the last ring is awake, or will be */
+		if (pg_atomic_exchange_u32(&slot->rung, 1) == 0 || recheck)
+			SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
 	}
 }
 

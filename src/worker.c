@@ -95,6 +95,13 @@ check_times(int64 now)
 	}
 }
 
+/* True if the bell rang and no claim is planned for it: see claim.c. */
+static bool
+bell_is_new(void)
+{
+	return chat_due.claim != 0 && pg_atomic_read_u32(&chat_slot->rung);
+}
+
 /* Returns how long the loop may sleep, in ms; -1 = until something comes. */
 static long
 sleep_time(void)
@@ -115,7 +122,7 @@ sleep_time(void)
 	if (ConfigReloadPending || chat_due.turns ||
 		(chat_due.tools && !chat_recheck_is_paused()) ||
 		(chat_due.sides && chat_recheck_may_claim()) ||
-		pg_atomic_read_u32(&chat_slot->rung))
+		bell_is_new())
 		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
@@ -318,7 +325,7 @@ chat_worker_main(Datum slot)
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload();
-		if (pg_atomic_exchange_u32(&chat_slot->rung, 0))
+		if (bell_is_new())
 			chat_due.claim = chat_due.turns_retry = 0;
 		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))
 			chat_recheck_run();
