@@ -19,6 +19,46 @@ CREATE SCHEMA chat;
 COMMENT ON SCHEMA chat IS 'durable LLM chat runtime';
 
 --
+-- Domains
+--
+-- What columns of the busy tables may hold.  A CHECK of the table is read and
+-- planned anew by each statement that writes a row, whatever it writes; a
+-- domain's is kept ready, and tested where a value is set.  Columns of which
+-- applications make arrays have plain types and CHECKs that are short to read.
+--
+
+CREATE DOMAIN chat.json_object AS jsonb
+	CONSTRAINT is_object CHECK (pg_catalog.jsonb_typeof(VALUE) = 'object');
+CREATE DOMAIN chat.json_array AS jsonb
+	CONSTRAINT is_array CHECK (pg_catalog.jsonb_typeof(VALUE) = 'array');
+CREATE DOMAIN chat.total AS bigint
+	CONSTRAINT is_not_negative CHECK (VALUE >= 0);
+CREATE DOMAIN chat.step_count AS integer
+	CONSTRAINT is_not_negative CHECK (VALUE >= 0);
+CREATE DOMAIN chat.next_sequence AS bigint
+	CONSTRAINT is_positive CHECK (VALUE > 0);
+CREATE DOMAIN chat.superseded_how AS text
+	CONSTRAINT is_on_busy CHECK (VALUE IN ('interrupt', 'rollback'));
+CREATE DOMAIN chat.job_kind AS text CONSTRAINT is_kind CHECK (VALUE IN
+	('completion', 'tool', 'title', 'summary', 'notice'));
+REVOKE ALL ON TYPE chat.json_object, chat.json_array, chat.total,
+	chat.step_count, chat.next_sequence, chat.superseded_how, chat.job_kind
+	FROM PUBLIC;
+
+CREATE FUNCTION chat.is_message_role(role text) RETURNS boolean
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'chat_is_message_role';
+COMMENT ON FUNCTION chat.is_message_role(text) IS
+	'whether a message may have this role';
+
+CREATE FUNCTION chat.is_task_status(status text, has_ended boolean)
+RETURNS boolean
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'chat_is_task_status';
+COMMENT ON FUNCTION chat.is_task_status(text, boolean) IS
+	'whether a task may have this status, when it has ended or not';
+
+--
 -- Tables
 --
 -- Nobody but the extension's owner writes to them: every write of a user is
@@ -34,21 +74,17 @@ CREATE TABLE chat.chat_session (
 	credentials jsonb NOT NULL DEFAULT '{}',
 	successful_agent_runs jsonb NOT NULL DEFAULT '{}',
 	successful_agent_schedules jsonb NOT NULL DEFAULT '{}',
-	total_prompt_tokens bigint NOT NULL DEFAULT 0
-		CHECK (total_prompt_tokens >= 0),
-	total_completion_tokens bigint NOT NULL DEFAULT 0
-		CHECK (total_completion_tokens >= 0),
-	metadata jsonb NOT NULL DEFAULT '{}'
-		CHECK (pg_catalog.jsonb_typeof(metadata) = 'object'),
+	total_prompt_tokens chat.total NOT NULL DEFAULT 0,
+	total_completion_tokens chat.total NOT NULL DEFAULT 0,
+	metadata chat.json_object NOT NULL DEFAULT '{}',
 	channel name NOT NULL DEFAULT
 		('chat_' || pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', '')),
 	server name,
-	settings jsonb NOT NULL DEFAULT '{}'
-		CHECK (pg_catalog.jsonb_typeof(settings) = 'object'),
-	next_sequence bigint NOT NULL DEFAULT 1 CHECK (next_sequence > 0),
+	settings chat.json_object NOT NULL DEFAULT '{}',
+	next_sequence chat.next_sequence NOT NULL DEFAULT 1,
 	-- of the messages up to this sequence that the model still sees
 	summary text,
-	summary_sequence bigint NOT NULL DEFAULT 0 CHECK (summary_sequence >= 0),
+	summary_sequence chat.total NOT NULL DEFAULT 0,
 	summary_failed_at timestamptz,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	updated_at timestamptz NOT NULL DEFAULT pg_catalog.now()
@@ -61,22 +97,20 @@ CREATE TABLE chat.chat_message (
 		REFERENCES chat.chat_session ON DELETE CASCADE,
 	sequence bigint NOT NULL CHECK (sequence > 0),
 	id uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-	role text NOT NULL CHECK (role IN
-		('system', 'developer', 'user', 'assistant', 'tool', 'function')),
+	-- system, developer, user, assistant, tool, function
+	role text NOT NULL CHECK (chat.is_message_role(role)),
 	content text,
 	parts jsonb,
 	name text,
 	tool_call_id text,
 	refusal text,
-	tool_calls jsonb CHECK (pg_catalog.jsonb_typeof(tool_calls) = 'array'),
-	function_call jsonb
-		CHECK (pg_catalog.jsonb_typeof(function_call) = 'object'),
+	tool_calls chat.json_array,
+	function_call chat.json_object,
 	task_id uuid,
 	active boolean NOT NULL DEFAULT true,
 	-- of a superseded one: the sequence of what took its place
 	superseded_by bigint,
-	metadata jsonb NOT NULL DEFAULT '{}'
-		CHECK (pg_catalog.jsonb_typeof(metadata) = 'object'),
+	metadata chat.json_object NOT NULL DEFAULT '{}',
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	PRIMARY KEY (session_id, sequence),
 	UNIQUE (session_id, id)
@@ -88,8 +122,8 @@ CREATE TABLE chat.chat_task (
 		REFERENCES chat.chat_session ON DELETE CASCADE,
 	-- the order in which the tasks of a session run
 	place bigint GENERATED ALWAYS AS IDENTITY,
-	status text NOT NULL DEFAULT 'queued' CHECK (status IN
-		('queued', 'running', 'waiting', 'completed', 'failed', 'cancelled')),
+	-- queued, running, waiting; ended: completed, failed, cancelled
+	status text NOT NULL DEFAULT 'queued',
 	-- id of the message that started it: the client's, for idempotency
 	message_id uuid,
 	-- the queued message, until the task starts and it becomes a message
@@ -102,10 +136,9 @@ CREATE TABLE chat.chat_task (
 	-- waits for operations that leave the session free
 	detached boolean NOT NULL DEFAULT false,
 	slot smallint,
-	steps integer NOT NULL DEFAULT 0 CHECK (steps >= 0),
-	prompt_tokens bigint NOT NULL DEFAULT 0 CHECK (prompt_tokens >= 0),
-	completion_tokens bigint NOT NULL DEFAULT 0
-		CHECK (completion_tokens >= 0),
+	steps chat.step_count NOT NULL DEFAULT 0,
+	prompt_tokens chat.total NOT NULL DEFAULT 0,
+	completion_tokens chat.total NOT NULL DEFAULT 0,
 	usage jsonb,
 	-- the system prompt that it used; null: the built-in one, or none
 	prompt_name text,
@@ -117,12 +150,12 @@ CREATE TABLE chat.chat_task (
 	compaction text,
 	error jsonb,
 	-- a later message has taken its place: its messages stay, or are hidden
-	superseded text CHECK (superseded IN ('interrupt', 'rollback')),
+	superseded chat.superseded_how,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
 	started_at timestamptz,
 	finished_at timestamptz,
-	CHECK ((status IN ('completed', 'failed', 'cancelled'))
-		= (finished_at IS NOT NULL))
+	CONSTRAINT chat_task_status_check
+		CHECK (chat.is_task_status(status, finished_at IS NOT NULL))
 ) WITH (fillfactor = 70);
 -- at most one task of a session runs
 CREATE UNIQUE INDEX chat_task_running_idx ON chat.chat_task (session_id)
@@ -137,8 +170,7 @@ CREATE UNIQUE INDEX chat_task_message_idx
 -- Small and hot: a job is deleted when it is done.
 CREATE TABLE chat.chat_job (
 	id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-	kind text NOT NULL CHECK (kind IN
-		('completion', 'tool', 'title', 'summary', 'notice')),
+	kind chat.job_kind NOT NULL,
 	session_id uuid NOT NULL
 		REFERENCES chat.chat_session ON DELETE CASCADE,
 	task_id uuid,
@@ -1058,10 +1090,6 @@ COMMENT ON VIEW chat.stat_queue IS
 -- they hold no lock on any when they return.
 --
 
--- unfinished tasks whose events go on to another slot
-CREATE INDEX chat_task_slot_idx ON chat.chat_task (slot)
-	WHERE finished_at IS NULL AND slot IS NOT NULL;
-
 CREATE FUNCTION chat.get_task_events(
 	task_id uuid,
 	after_seq bigint DEFAULT 0,
@@ -1446,7 +1474,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 	WITH administration AS (
 		SELECT ARRAY['grant_usage', 'revoke_usage', 'usage_objects',
 			'create_search_index', 'server_statistics',
-			'grant_callback', 'reassign_owner', 'add_usage', 'pause', 'resume', 'drain',
+			'grant_callback', 'reassign_owner', 'add_usage',
+			'is_message_role', 'is_task_status', 'pause', 'resume', 'drain',
 			'chat_llm_validator', 'chat_tool_validator',
 			'chat_langfuse_validator']::name[] AS names),
 	member AS (

@@ -260,7 +260,7 @@ SELECT attrelid::regclass AS table, attname AS column,
 FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d
 	ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 WHERE attrelid IN ('chat.chat_session'::regclass, 'chat.chat_message'::regclass)
-	AND atttypid = 'jsonb'::regtype AND attnotnull
+	AND atttypid IN ('jsonb'::regtype, 'chat.json_object'::regtype) AND attnotnull
 ORDER BY a.attrelid::regclass::text, attname;
 -- what hangs on a session goes with it; events and task_id refer to nothing
 SELECT conrelid::regclass AS table, conkey.columns, confrelid::regclass AS refers_to,

@@ -11,24 +11,21 @@
  */
 #include "postgres.h"
 
-#include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
 #include "commands/async.h"
 #include "executor/executor.h"
 #include "mb/pg_wchar.h"
-#include "nodes/makefuncs.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
-#include "utils/memutils.h"
-#include "utils/rel.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
 #include "event.h"
 #include "json.h"
 #include "jsonbuf.h"
+#include "rows.h"
 
 /* how often the notification queue's fill is looked at, in ms */
 #define QUEUE_LOOK_INTERVAL 1000
@@ -351,45 +348,25 @@ fill_slots(const ChatEventBatch *batch, int16 slot, int *row,
 	return n;
 }
 
-/*
- * Appends the rows of one slot to its partition, as COPY would: by pages, and
- * without a plan.  Constraints hold; triggers and rules have no part in it.
- */
+/* Appends the rows of one slot to its partition. */
 static void
 append_rows(const ChatEventBatch *batch, int16 slot)
 {
 	char		name[NAMEDATALEN];
 	TupleTableSlot *slots[ROWS_AT_ONCE];
-	EState	   *estate = CreateExecutorState();
-	MemoryContext old = MemoryContextSwitchTo(estate->es_query_cxt);
-	ResultRelInfo *result = makeNode(ResultRelInfo);
+	ChatRows	rows;
 	int			row = 0;
-	Relation	rel;
 	int			n;
 
 	snprintf(name, sizeof(name), "chat_event_%d", slot);
-	rel = table_openrv(makeRangeVar("chat", name, -1), RowExclusiveLock);
-	InitResultRelInfo(result, rel, 0, NULL, 0);	/* in no range table */
-	ExecOpenIndices(result, false);
+	chat_rows_open(&rows, name);
 	for (int i = 0; i < ROWS_AT_ONCE; i++)
-		slots[i] = i < batch->n ? table_slot_create(rel, NULL) : NULL;
+		slots[i] = i < batch->n ? table_slot_create(rows.rel, NULL) : NULL;
 	while ((n = fill_slots(batch, slot, &row, slots, ROWS_AT_ONCE)) > 0)
-	{
-		MemoryContextSwitchTo(GetPerTupleMemoryContext(estate));
-		for (int i = 0; i < n && rel->rd_att->constr; i++)
-			ExecConstraints(result, slots[i], estate);
-		table_multi_insert(rel, slots, n, GetCurrentCommandId(true), 0, NULL);
-		for (int i = 0; i < n; i++)
-			(void) chat_insert_index_tuples(result, slots[i], estate);
-		MemoryContextSwitchTo(estate->es_query_cxt);
-		ResetPerTupleExprContext(estate);
-	}
+		chat_rows_append(&rows, slots, n);
 	for (int i = 0; i < ROWS_AT_ONCE && slots[i]; i++)
 		ExecDropSingleTupleTableSlot(slots[i]);
-	ExecCloseIndices(result);
-	table_close(rel, NoLock);
-	MemoryContextSwitchTo(old);
-	FreeExecutorState(estate);
+	chat_rows_close(&rows);
 }
 
 /* Stores the rows of a batch in the current transaction. */

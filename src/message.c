@@ -11,6 +11,7 @@
 
 #include "catalog/pg_collation.h"
 #include "catalog/pg_type.h"
+#include "fmgr.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
@@ -19,6 +20,8 @@
 #include "db.h"
 #include "field.h"
 #include "message.h"
+
+PG_FUNCTION_INFO_V1(chat_is_message_role);
 
 #define ROLES "system, developer, user, assistant, tool, function"
 
@@ -145,6 +148,13 @@ is_role(Datum role)
 		if (strcmp(roles[i], name) == 0)
 			return true;
 	return false;
+}
+
+/* is_message_role: the CHECK of the table. */
+Datum
+chat_is_message_role(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_BOOL(is_role(PG_GETARG_DATUM(0)));
 }
 
 /* Checks what one entry must be beyond the types of its members. */

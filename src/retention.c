@@ -67,8 +67,14 @@ CHAT_STMT(forget_slot,
 /* $1 slot, $2 the open one: takes the events of unfinished tasks along */
 CHAT_STMT(move_tasks,
 		  "WITH moved AS ("
-		  " UPDATE chat.chat_task SET slot = $2"
-		  " WHERE slot = $1 AND finished_at IS NULL RETURNING id"
+		  " UPDATE chat.chat_task AS t SET slot = $2"
+		  " WHERE t.id = ANY (ARRAY("
+		  "  SELECT r.id FROM chat.chat_task AS r"
+		  "   WHERE r.status = 'running' AND r.slot = $1"
+		  "  UNION ALL SELECT w.id FROM chat.chat_task AS w"
+		  "   WHERE w.status = 'waiting' AND w.slot = $1"
+		  "  UNION ALL SELECT q.id FROM chat.chat_task AS q"
+		  "   WHERE q.status = 'queued' AND q.slot = $1)) RETURNING t.id"
 		  "), copied AS ("
 		  " INSERT INTO chat.chat_event (slot, task_id, seq, payload,"
 		  "  created_at)"

@@ -10,6 +10,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "fmgr.h"
@@ -25,6 +26,7 @@
 
 #include "compat.h"
 #include "db.h"
+#include "rows.h"
 #include "server.h"
 #include "session.h"
 #include "shmem.h"
@@ -37,9 +39,7 @@
 
 static int	max_message_length = 64000;
 
-/* true while our own statement inserts a task, with its job */
-static bool adding_task = false;
-
+PG_FUNCTION_INFO_V1(chat_is_task_status);
 PG_FUNCTION_INFO_V1(chat_job_ring);
 PG_FUNCTION_INFO_V1(chat_task_ring);
 PG_FUNCTION_INFO_V1(chat_stream_chat_completion);
@@ -64,28 +64,19 @@ CHAT_STMT(find_task,
 		  UUIDOID, UUIDOID);
 
 /*
- * $1 session, $2 message id, $3 role, $4 content (NULL: none), $5 context,
- * $6 server, $7 options, $8 owner, $9 database
- *
- * Only the head task of a session has a job.
+ * $1 session, $2 role, $3 content (NULL: none), $4 context: what the rows of
+ * a turn need.  Only the head task of a session has a job.
  */
-CHAT_STMT(add_task,
-		  "WITH task AS ("
-		  " INSERT INTO chat.chat_task (session_id, message_id, input,"
-		  "  server, options)"
-		  " SELECT $1, $2, CASE WHEN $4 IS NOT NULL THEN"
-		  "  jsonb_build_object('role', $3, 'content', $4, 'metadata',"
-		  "   CASE WHEN $5 IS NULL THEN '{}'"
-		  "   ELSE jsonb_build_object('context', $5) END) END, $6, $7"
-		  " RETURNING id"
-		  "), job AS ("
-		  " INSERT INTO chat.chat_job (kind, session_id, task_id, server,"
-		  "  owner, database)"
-		  " SELECT 'completion', $1, task.id, $6::name, $8, $9 FROM task"
-		  " WHERE NOT EXISTS (" CHAT_BUSY_TASK("$1", "") "))"
-		  " SELECT id FROM task",
-		  UUIDOID, UUIDOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, JSONBOID,
-		  OIDOID, OIDOID);
+CHAT_STMT(plan_task,
+		  "SELECT gen_random_uuid(), gen_random_uuid(),"
+		  " nextval('chat.chat_task_place_seq'),"
+		  " CASE WHEN $3 IS NOT NULL THEN"
+		  "  jsonb_build_object('role', $2, 'content', $3, 'metadata',"
+		  "   CASE WHEN $4 IS NULL THEN '{}'"
+		  "   ELSE jsonb_build_object('context', $4) END) END,"
+		  " CASE WHEN NOT EXISTS (" CHAT_BUSY_TASK("$1", "") ")"
+		  "  THEN nextval('chat.chat_job_id_seq') END",
+		  UUIDOID, TEXTOID, TEXTOID, JSONBOID);
 
 /* $1 session: the task that has it, or the first that will */
 CHAT_STMT(find_busy,
@@ -195,6 +186,21 @@ chat_task_init(void)
 							PGC_SUSET, 0, NULL, NULL, NULL);
 }
 
+/* is_task_status: the CHECK of the table. */
+Datum
+chat_is_task_status(PG_FUNCTION_ARGS)
+{
+	static const char *const open[] = {"queued", "running", "waiting"};
+	static const char *const ended[] = {"completed", "failed", "cancelled"};
+	const char *status = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	const char *const *names = PG_GETARG_BOOL(1) ? ended : open;
+
+	for (size_t i = 0; i < lengthof(open); i++)
+		if (strcmp(names[i], status) == 0)
+			PG_RETURN_BOOL(true);
+	PG_RETURN_BOOL(false);
+}
+
 /* Trigger on chat_job: rings when the transaction commits. */
 Datum
 chat_job_ring(PG_FUNCTION_ARGS)
@@ -213,8 +219,8 @@ chat_job_ring(PG_FUNCTION_ARGS)
 }
 
 /*
- * Trigger on chat_task: whoever inserts there but us (a restore) may leave
- * tasks that no job will ever end.
+ * Trigger on chat_task: whoever inserts there by a statement (a restore) may
+ * leave tasks that no job will ever end.
  */
 Datum
 chat_task_ring(PG_FUNCTION_ARGS)
@@ -223,8 +229,7 @@ chat_task_ring(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("chat_task_ring was not called by a trigger")));
-	if (!adding_task)
-		chat_shmem_strays_at_commit();
+	chat_shmem_strays_at_commit();
 	return PointerGetDatum(NULL);
 }
 
@@ -391,51 +396,133 @@ make_room(const ChatCall *c)
 				 errhint("Follow that task, or say on_busy => 'enqueue', 'interrupt' or 'rollback'.")));
 }
 
-/* Queues a turn, unless its message id has started one; returns its task. */
+/* What the rows of a new turn have in common. */
+typedef struct NewTurn
+{
+	const ChatCall *call;
+	Oid			owner;
+	Name		server;
+	pg_uuid_t	task;
+	pg_uuid_t	answer;
+	int64		place;
+	Datum		input;			/* 0 = none */
+	int64		job;			/* 0 = others are before it */
+} NewTurn;
+
+/* Says what the rows of a turn hold. */
+static void
+plan_turn(NewTurn *t)
+{
+	const ChatCall *c = t->call;
+	Datum		values[4];
+	char		nulls[5] = "    ";
+	bool		isnull;
+
+	values[0] = UUIDPGetDatum(c->session);
+	values[1] = CStringGetTextDatum(c->is_user_message ? "user" : "assistant");
+	values[2] = PointerGetDatum(c->message);
+	nulls[2] = c->message ? ' ' : 'n';
+	values[3] = PointerGetDatum(c->context);
+	nulls[3] = c->context ? ' ' : 'n';
+	chat_db_exec(&plan_task, values, nulls);
+	t->task = chat_db_uuid(0, 1);
+	t->answer = chat_db_uuid(0, 2);
+	t->place = chat_db_int64(0, 3, 0);
+	t->input = chat_db_datum(0, 4, &isnull);
+	t->input = isnull ? (Datum) 0 : t->input;
+	t->job = chat_db_int64(0, 5, 0);
+}
+
+/* Stores the task of a turn. */
+static void
+add_task(const NewTurn *t)
+{
+	const ChatCall *c = t->call;
+	Datum		options = c->options ? JsonbPGetDatum(c->options)
+	: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
+	Datum		now = TimestampTzGetDatum(GetCurrentTransactionStartTimestamp());
+	ChatColumn	columns[] = {
+		CHAT_COLUMN("id", UUIDPGetDatum(&t->task)),
+		CHAT_COLUMN("session_id", UUIDPGetDatum(c->session)),
+		CHAT_COLUMN("place", Int64GetDatum(t->place)),
+		CHAT_COLUMN("status", CStringGetTextDatum("queued")),
+		{"message_id", UUIDPGetDatum(c->message_id), c->message_id == NULL},
+		{"input", t->input, t->input == (Datum) 0},
+		CHAT_COLUMN("server", NameGetDatum(t->server)),
+		CHAT_COLUMN("options", options),
+		CHAT_COLUMN("answer_id", UUIDPGetDatum(&t->answer)),
+		CHAT_COLUMN("run", Int32GetDatum(-1)),
+		CHAT_COLUMN("detached", BoolGetDatum(false)),
+		CHAT_COLUMN("steps", Int32GetDatum(0)),
+		CHAT_COLUMN("prompt_tokens", Int64GetDatum(0)),
+		CHAT_COLUMN("completion_tokens", Int64GetDatum(0)),
+		CHAT_COLUMN("created_at", now),
+	};
+
+	chat_rows_insert("chat_task", columns, lengthof(columns));
+}
+
+/* Stores the job of a turn, and rings when the transaction commits. */
+static void
+add_job(const NewTurn *t)
+{
+	Datum		now = TimestampTzGetDatum(GetCurrentTransactionStartTimestamp());
+	ChatColumn	columns[] = {
+		CHAT_COLUMN("id", Int64GetDatum(t->job)),
+		CHAT_COLUMN("kind", CStringGetTextDatum("completion")),
+		CHAT_COLUMN("session_id", UUIDPGetDatum(t->call->session)),
+		CHAT_COLUMN("task_id", UUIDPGetDatum(&t->task)),
+		CHAT_COLUMN("server", NameGetDatum(t->server)),
+		CHAT_COLUMN("owner", ObjectIdGetDatum(t->owner)),
+		CHAT_COLUMN("database", ObjectIdGetDatum(MyDatabaseId)),
+		CHAT_COLUMN("priority", Int16GetDatum(0)),
+		CHAT_COLUMN("created_at", now),
+		CHAT_COLUMN("run_at", TimestampTzGetDatum(DT_NOBEGIN)),
+		CHAT_COLUMN("attempts", Int32GetDatum(0)),
+		CHAT_COLUMN("crashes", Int32GetDatum(0)),
+		CHAT_COLUMN("blamed", Int32GetDatum(0)),
+		CHAT_COLUMN("cancel", BoolGetDatum(false)),
+		CHAT_COLUMN("reset", BoolGetDatum(false)),
+		CHAT_COLUMN("rerun", BoolGetDatum(false)),
+		CHAT_COLUMN("last_seq", Int64GetDatum(0)),
+		CHAT_COLUMN("parked", BoolGetDatum(false)),
+		CHAT_COLUMN("waited", Int32GetDatum(0)),
+		CHAT_COLUMN("epoch", Int64GetDatum(0)),
+	};
+
+	chat_rows_insert("chat_job", columns, lengthof(columns));
+	chat_shmem_ring_at_commit(false);
+}
+
+/*
+ * Queues a turn, unless its message id has started one; returns its task.  The
+ * session that the rows refer to is locked.
+ */
 pg_uuid_t
 chat_task_queue(const ChatScope *scope, const ChatCall *c)
 {
-	Datum		values[9];
-	char		nulls[10] = "         ";
-	pg_uuid_t	task;
-	Oid			owner;
+	NewTurn		t = {.call = c};
+	pg_uuid_t	earlier;
+	NameData	name;
 	char	   *server;
 	char	   *model;
 
-	lock_call_session(c, scope, &owner, &server, &model);
-	if (find_earlier(c, &task))
-		return task;
-	chat_server_check(server, owner, call_model(c, model));
+	lock_call_session(c, scope, &t.owner, &server, &model);
+	if (find_earlier(c, &earlier))
+		return earlier;
+	chat_server_check(server, t.owner, call_model(c, model));
 	chat_usage_check(c->session);
 	make_room(c);
-	values[0] = UUIDPGetDatum(c->session);
-	values[1] = UUIDPGetDatum(c->message_id);
-	nulls[1] = c->message_id ? ' ' : 'n';
-	values[2] = CStringGetTextDatum(c->is_user_message ? "user" : "assistant");
-	values[3] = PointerGetDatum(c->message);
-	nulls[3] = c->message ? ' ' : 'n';
-	values[4] = PointerGetDatum(c->context);
-	nulls[4] = c->context ? ' ' : 'n';
-	values[5] = CStringGetTextDatum(server);
-	values[6] = c->options ? JsonbPGetDatum(c->options)
-		: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
-	values[7] = ObjectIdGetDatum(owner);
-	values[8] = ObjectIdGetDatum(MyDatabaseId);
-	PG_TRY();
-	{
-		adding_task = true;
-		chat_db_exec(&add_task, values, nulls);
-	}
-	PG_FINALLY();
-	{
-		adding_task = false;
-	}
-	PG_END_TRY();
-	task = chat_db_uuid(0, 1);
+	namestrcpy(&name, server);
+	t.server = &name;
+	plan_turn(&t);
+	add_task(&t);
+	if (t.job != 0)
+		add_job(&t);
 	/* the worker asks for one when it takes up a message of a call */
 	if (c->message == NULL)
-		chat_title_want(c->session, server, owner);
-	return task;
+		chat_title_want(c->session, server, t.owner);
+	return t.task;
 }
 
 /* stream_chat_completion: queues a turn, returns its task. */
