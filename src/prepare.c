@@ -139,7 +139,7 @@ prepare(ChatStream *s, const ChatJob *job, ChatContext *context,
 	{
 		MemoryContextSwitchTo(s->context);
 		s->server = chat_server_load(job->server, false);
-		chat_server_check(job->server, job->owner, "any");
+		chat_server_check_usage(s->server, job->owner);
 		s->key = chat_server_key(s->server, job->owner);
 		/* goes when the request is sent: a stream stays small */
 		s->scratch = AllocSetContextCreate(s->context, "chat request text",

@@ -10,6 +10,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
@@ -369,28 +370,71 @@ warn_missing(const char *name)
 			 errhint("Store it with chat.set_prompt().")));
 }
 
+/* The stored prompt that was read last. */
+typedef struct StoredPrompt
+{
+	TransactionId xid;			/* the transaction that has read it */
+	Oid			owner;
+	char	   *name;
+	char	   *template;		/* NULL = there is none */
+	int			version;
+	MemoryContext context;
+} StoredPrompt;
+
+/*
+ * Reads the version in use of a stored prompt.  The turns of a claim mostly
+ * want the same one: its transaction, in which nobody stores any, reads it
+ * once in a row.
+ */
+static const StoredPrompt *
+read_stored(const Turn *turn, const char *name)
+{
+	static StoredPrompt last;
+	Datum		values[2];
+	bool		found;
+
+	if (turn->fetch && last.name && TransactionIdIsValid(last.xid) &&
+		last.xid == GetTopTransactionIdIfAny() &&
+		last.owner == turn->owner && strcmp(last.name, name) == 0)
+		return &last;
+	if (last.context == NULL)
+		last.context = AllocSetContextCreate(TopMemoryContext,
+											 "chat stored prompt",
+											 ALLOCSET_SMALL_SIZES);
+	last.name = NULL;
+	MemoryContextReset(last.context);
+	values[0] = CStringGetTextDatum(name);
+	values[1] = ObjectIdGetDatum(turn->owner);
+	found = chat_db_exec(&find_prompt, values, NULL) > 0;
+	last.xid = GetTopTransactionIdIfAny();
+	last.owner = turn->owner;
+	last.template = found
+		? MemoryContextStrdup(last.context, chat_db_text(0, 1)) : NULL;
+	last.version = found ? chat_db_int32(0, 2, 0) : 0;
+	last.name = MemoryContextStrdup(last.context, name);
+	return &last;
+}
+
 /* Finds the version in use of a prompt: its template, NULL if none. */
 static char *
 find(const Turn *turn, const char *prompt, char **name, int *version)
 {
-	Datum		values[2];
 	char	   *template = chat_langfuse_find(prompt, turn->fetch, version);
+	const StoredPrompt *stored;
 
 	if (turn->fetch && turn->fetch->wait)
 		return NULL;
 	*name = pstrdup(prompt);
 	if (template)
 		return template;
-	values[0] = CStringGetTextDatum(prompt);
-	values[1] = ObjectIdGetDatum(turn->owner);
-	if (chat_db_exec(&find_prompt, values, NULL) == 0)
+	stored = read_stored(turn, prompt);
+	*version = stored->version;
+	if (stored->template == NULL)
 	{
 		*name = NULL;
-		*version = 0;
 		return NULL;
 	}
-	*version = chat_db_int32(0, 2, 0);
-	return chat_db_text(0, 1);
+	return pstrdup(stored->template);
 }
 
 /* Whether a turn is of its user's first session. */
