@@ -61,6 +61,7 @@ chat_claim_init(void)
 /* What a claim brings. */
 typedef struct Claim
 {
+	int64		begun;
 	ChatClaim	wish;
 	bool		quiet;			/* without notifications */
 	int			n;
@@ -315,6 +316,7 @@ claim_committed(Claim *c)
 		chat_shmem_publish(&s->job.task);
 	}
 	chat_side_open(true);
+	chat_pace_claimed(c->begun);
 	if (c->n > 0)
 		chat_due.check = Min(chat_due.check, now + 1);
 }
@@ -370,31 +372,80 @@ undo_claim(Claim *c)
 	chat_side_open(false);
 }
 
+/* Begins a claim: who rings from here on may have come too late for it. */
+static void
+begin_claim(Claim *c)
+{
+	memset(c, 0, sizeof(*c));
+	c->begun = chat_stream_clock();
+	if (pg_atomic_exchange_u32(&chat_slot->rung, 0))
+		chat_due.turns_retry = 0;
+}
+
+/* Transaction, of a flush: the same as a claim of its own. */
+static void
+joint_work(void *arg)
+{
+	begin_claim(arg);
+	claim_work(arg);
+}
+
+/* Takes over what a flush has claimed for us. */
+static void
+joint_committed(void *arg)
+{
+	Claim	   *c = arg;
+
+	plan_next(c);
+	claim_committed(c);
+	chat_throttle_settle();
+}
+
+/* Forgets a claim that has failed with a flush: it is made alone, at once. */
+static void
+joint_undone(void *arg)
+{
+	undo_claim(arg);
+	chat_due.claim = 0;
+}
+
+/*
+ * Lets a flush make the claim that is due, in the transaction of its ends;
+ * false if it is a special one.
+ */
+bool
+chat_claim_join(ChatFlushGuest *guest)
+{
+	static Claim joint;
+
+	if (claim_mode != CHAT_WORK_BATCH || cancels_due ||
+		chat_claim_due() > chat_stream_clock())
+		return false;
+	memset(&joint, 0, sizeof(joint));
+	*guest = (ChatFlushGuest) {joint_work, joint_committed, joint_undone,
+		&joint};
+	return true;
+}
+
 /* Takes jobs from the queue. */
 void
 chat_claim_run(void)
 {
-	Claim		c = {0};
-	int64		begun = chat_stream_clock();
+	Claim		c;
 	ErrorData  *edata;
 
-	/* who rings from here on may have come too late for this claim */
-	if (pg_atomic_exchange_u32(&chat_slot->rung, 0))
-		chat_due.turns_retry = 0;
+	begin_claim(&c);
 	edata = chat_work_try("claim jobs", true, claim_work, &c);
 	if (chat_work_is_too_loud(edata))
 	{
 		undo_claim(&c);
-		memset(&c, 0, sizeof(c));
+		begin_claim(&c);
 		c.quiet = true;
 		edata = chat_work_try("claim jobs", true, claim_work, &c);
 	}
 	if (edata == NULL)
 	{
-		plan_next(&c);
-		claim_committed(&c);
-		chat_pace_claimed(begun);
-		chat_throttle_settle();
+		joint_committed(&c);
 		if (claim_mode == CHAT_WORK_BARE)
 			claim_mode = CHAT_WORK_SINGLE;
 		else if (c.n == 0)

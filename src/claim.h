@@ -7,10 +7,15 @@
 
 #include "postgres.h"
 
+#include "flush.h"
+
 extern void chat_claim_init(void);
 
 /* Takes jobs, makes streams of them and sends their requests. */
 extern void chat_claim_run(void);
+
+/* The same within the transaction of a flush; false if it is not to be. */
+extern bool chat_claim_join(ChatFlushGuest *guest);
 
 /* Returns when the queue is to be looked at. */
 extern int64 chat_claim_due(void);

@@ -3,8 +3,8 @@
  *		Storing what the streams have gathered.
  *
  * A flush is deltas of all streams in one transaction that is not waited for,
- * then ends and retries in a durable one; a stream's state advances only after
- * the commit.  A transaction that fails is repeated stream by stream, and the
+ * then ends and retries in a durable one, which a claim may share: where many
+ * turns end, many begin.  A stream's state advances only after the commit.  A transaction that fails is repeated stream by stream, and the
  * stream that fails alone has failed; an error of the system is waited out.
  *
  * Owns the time of the next try after an error, and in which tick the fence
@@ -329,9 +329,42 @@ pick_streams(Flush *f, bool ends, int64 now)
 	}
 }
 
+/* Ends that share their transaction. */
+typedef struct Joint
+{
+	Flush	   *ends;
+	const ChatFlushGuest *guest;
+} Joint;
+
+/* Transaction: the ends, and what the guest does. */
+static void
+write_joint(void *arg)
+{
+	Joint	   *j = arg;
+
+	write_ends(j->ends);
+	j->guest->work(j->guest->arg);
+}
+
+/* Stores ends together with a guest; false if that has to be done apart. */
+static bool
+flush_with(Flush *ends, const ChatFlushGuest *guest)
+{
+	Joint		joint = {ends, guest};
+
+	if (chat_work_try("store ends and claim jobs", true, write_joint, &joint))
+	{
+		guest->undone(guest->arg);
+		return false;
+	}
+	ends_committed(ends);
+	guest->committed(guest->arg);
+	return true;
+}
+
 /* Stores what the streams have gathered: deltas, then ends. */
 void
-chat_flush_run(void)
+chat_flush_run(const ChatFlushGuest *guest)
 {
 	Flush		f;
 	int64		start = chat_stream_clock();
@@ -347,7 +380,7 @@ chat_flush_run(void)
 	if (ok && !chat_pace.reading)
 	{
 		pick_streams(&f, true, start);
-		if (f.n > 0)
+		if (f.n > 0 && !(guest && flush_with(&f, guest)))
 			ok = flush_some(&f, "store ends", true, write_ends,
 							ends_committed);
 	}

@@ -121,7 +121,11 @@ chat_pace_claimed(int64 begun)
 int64
 chat_pace_claim(void)
 {
-	return chat_pace.held || chat_pace.reading ? chat_pace_next() : claim_at;
+	if (chat_pace.held || chat_pace.reading)
+		return chat_pace_next();
+	/* what ends with the next flush shares its transaction */
+	return chat_streams.n > FEW_STREAMS && !dlist_is_empty(&chat_streams.dirty)
+		? Max(claim_at, chat_pace_next()) : claim_at;
 }
 
 /* Returns when answers are to be read that the descriptor does not tell of. */

@@ -295,6 +295,19 @@ reload(void)
 	chat_due.claim = 0;
 }
 
+/* Stores what the streams have gathered; a claim that is due goes with it. */
+static void
+flush(void)
+{
+	ChatFlushGuest claim;
+	bool		joint = pg_atomic_read_u32(&chat_slot->recheck) == 0 &&
+		chat_claim_join(&claim);
+
+	if (joint)
+		chat_upkeep_check_clock();
+	chat_flush_run(joint ? &claim : NULL);
+}
+
 /* Sleeps until something is due or comes. */
 static void
 sleep_on(WaitEventSet *set)
@@ -341,7 +354,7 @@ chat_worker_main(Datum slot)
 		if (chat_due.check <= now)
 			check_times(now);
 		if (chat_flush_due() <= now)
-			chat_flush_run();
+			flush();
 		if (chat_due.turns)
 			chat_errand_run_turns();
 		/* what we waited for may have changed more than what we did */
