@@ -410,8 +410,9 @@ joint_undone(void *arg)
 }
 
 /*
- * Lets a flush make the claim that is due, in the transaction of its ends;
- * false if it is a special one.
+ * Lets a flush make the claim that is due, in the transaction of its ends, or
+ * that would be due then, for those that come next; false if it is a special
+ * one.
  */
 bool
 chat_claim_join(ChatFlushGuest *guest)
@@ -419,7 +420,7 @@ chat_claim_join(ChatFlushGuest *guest)
 	static Claim joint;
 
 	if (claim_mode != CHAT_WORK_BATCH || cancels_due ||
-		chat_claim_due() > chat_stream_clock())
+		(!chat_pace_is_busy() && chat_claim_due() > chat_stream_clock()))
 		return false;
 	memset(&joint, 0, sizeof(joint));
 	*guest = (ChatFlushGuest) {joint_work, joint_committed, joint_undone,

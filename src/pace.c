@@ -50,6 +50,13 @@ chat_pace_init(void)
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 }
 
+/* True if so much is going on that transactions are shared. */
+bool
+chat_pace_is_busy(void)
+{
+	return chat_streams.n > FEW_STREAMS;
+}
+
 /*
  * Returns the time before which no flush begins: a few streams wait for
  * nothing, many share their commits, and very many send more than one token
@@ -60,7 +67,7 @@ chat_pace_next(void)
 {
 	int64		interval = flush_interval;
 
-	if (chat_streams.n <= FEW_STREAMS)
+	if (!chat_pace_is_busy())
 		interval = 0;
 	else if (chat_streams.n > PACE_STREAMS)
 		interval = Min(interval * chat_streams.n / PACE_STREAMS,
@@ -110,7 +117,7 @@ chat_pace_claimed(int64 begun)
 {
 	int64		now = chat_stream_clock();
 
-	claim_at = chat_streams.n <= FEW_STREAMS ? now
+	claim_at = !chat_pace_is_busy() ? now
 		: now + Min(1 + CLAIM_REST * (now - begun), flush_interval);
 }
 
@@ -124,7 +131,7 @@ chat_pace_claim(void)
 	if (chat_pace.held || chat_pace.reading)
 		return chat_pace_next();
 	/* what ends with the next flush shares its transaction */
-	return chat_streams.n > FEW_STREAMS && !dlist_is_empty(&chat_streams.dirty)
+	return chat_pace_is_busy() && !dlist_is_empty(&chat_streams.dirty)
 		? Max(claim_at, chat_pace_next()) : claim_at;
 }
 

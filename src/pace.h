@@ -35,6 +35,9 @@ extern void chat_pace_flushed(void);
 /* Returns the time before which no flush begins. */
 extern int64 chat_pace_next(void);
 
+/* True if so much is going on that transactions are shared. */
+extern bool chat_pace_is_busy(void);
+
 /* Notes that a claim was made, begun at that time. */
 extern void chat_pace_claimed(int64 begun);
 
