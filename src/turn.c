@@ -55,8 +55,10 @@ CHAT_STMT(park_tasks,
 		  " SELECT e.*, j.spent, s.next_sequence, s.owner,"
 		  "  t.steps + 1 AS step,"
 		  "  (s.settings || t.options) -> 'tools' AS allowed"
-		  " FROM e JOIN chat.chat_job AS j ON j.id = e.job"
-		  "  AND j.epoch = e.epoch AND j." CHAT_HELD_BY("$1")
+		  /* a probe for each, however many jobs there are: see queue.c */
+		  " FROM e CROSS JOIN LATERAL (SELECT o.spent FROM chat.chat_job AS o"
+		  "  WHERE o.id = e.job AND o.epoch = e.epoch"
+		  "   AND o." CHAT_HELD_BY("$1") " OFFSET 0) AS j"
 		  " JOIN chat.chat_session AS s ON s.id = e.session"
 		  " JOIN chat.chat_task AS t ON t.id = e.task"
 		  "), message AS ("
