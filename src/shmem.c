@@ -5,10 +5,14 @@
  * Owns ChatShared and the wait buckets behind it.  They hold plain data only
  * (PIDs, OIDs, counters): nothing of a process that has died can be followed.
  *
- * Locks: ChatShared.lock protects the slots and the two OID lists.  The
- * commit callback, which must not fail, takes no lock: it reads the atomics
- * of the slots and sets latches by proc number; a latch of the wrong process
- * that is set by accident is a spurious wake-up and no more.
+ * Locks: ChatShared.lock protects the slots and the two OID lists.  Ringing,
+ * which must not fail, takes no lock: it reads the atomics of the slots and
+ * sets latches by proc number; a latch of the wrong process that is set by
+ * accident is a spurious wake-up and no more.
+ *
+ * The bell rings when the commit has told the others what it changed in the
+ * catalogs and has released its locks, not before: a worker that is woken
+ * earlier looks at what it remembers, and nobody wakes it again.
  *
  * Waiting: a reader registers in the bucket of its task, looks at the tables,
  * and sleeps until the bucket's generation grows.  The worker looks for
@@ -25,8 +29,9 @@
 #include "storage/lwlock.h"
 #include "storage/proc.h"
 #include "storage/shmem.h"
-#include "utils/wait_event.h"
+#include "utils/resowner.h"
 #include "utils/timestamp.h"
+#include "utils/wait_event.h"
 
 #include "compat.h"
 #include "shmem.h"
@@ -56,6 +61,7 @@ static bool notices_wanted = false;
 static bool check_wanted = false;
 static bool publish_wanted = false;
 static bool publish_buckets[WAIT_BUCKETS];
+static bool committed = false;	/* it has, and has to do it yet */
 
 /* Returns the size of ChatShared with its slots. */
 static Size
@@ -141,34 +147,49 @@ publish(WaitBucket *bucket)
 	ConditionVariableBroadcast(&bucket->cv);
 }
 
-/* Rings after the commit; forgets it after an abort. Must not fail. */
+/* Forgets what the transaction has to do at its commit. */
 static void
-at_transaction_end(XactEvent event, void *arg)
+forget(void)
 {
-	switch (event)
-	{
-		case XACT_EVENT_COMMIT:
-			if (ring_wanted && chat_shared)
-				chat_shmem_ring(MyDatabaseId, recheck_wanted);
-			if (notices_wanted && chat_shared)
-				chat_shmem_ring_notices(MyDatabaseId);
-			if (check_wanted && chat_shared)
-				chat_shmem_changed(MyDatabaseId);
-			for (int i = 0; publish_wanted && i < WAIT_BUCKETS; i++)
-				if (publish_buckets[i] && buckets)
-					publish(&buckets[i]);
-			break;
-		case XACT_EVENT_ABORT:
-		case XACT_EVENT_PREPARE:	/* COMMIT PREPARED rings */
-			break;
-		default:
-			return;
-	}
 	ring_wanted = recheck_wanted = check_wanted = strays_wanted = false;
-	notices_wanted = false;
+	notices_wanted = committed = false;
 	if (publish_wanted)
 		memset(publish_buckets, 0, sizeof(publish_buckets));
 	publish_wanted = false;
+}
+
+/* Notes how the transaction ends.  In a parallel worker nothing is wanted. */
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	if (event == XACT_EVENT_COMMIT)
+		committed = true;
+	/* COMMIT PREPARED rings */
+	else if (event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
+		forget();
+}
+
+/*
+ * Rings when the commit is over for everybody else.  Must not fail.  PREPARE,
+ * portals and parts of a transaction release what they hold, too.
+ */
+static void
+at_release(ResourceReleasePhase phase, bool is_commit, bool is_top_level,
+		   void *arg)
+{
+	if (!committed || phase != RESOURCE_RELEASE_AFTER_LOCKS || !is_commit ||
+		!is_top_level)
+		return;
+	if (ring_wanted && chat_shared)
+		chat_shmem_ring(MyDatabaseId, recheck_wanted);
+	if (notices_wanted && chat_shared)
+		chat_shmem_ring_notices(MyDatabaseId);
+	if (check_wanted && chat_shared)
+		chat_shmem_changed(MyDatabaseId);
+	for (int i = 0; publish_wanted && i < WAIT_BUCKETS; i++)
+		if (publish_buckets[i] && buckets)
+			publish(&buckets[i]);
+	forget();
 }
 
 /* Installs the hooks; the memory exists only when preloaded. */
@@ -176,6 +197,7 @@ void
 chat_shmem_init(void)
 {
 	RegisterXactCallback(at_transaction_end, NULL);
+	RegisterResourceReleaseCallback(at_release, NULL);
 	if (!process_shared_preload_libraries_in_progress)
 		return;
 	prev_request_hook = shmem_request_hook;

@@ -1,6 +1,7 @@
 # Is the bell heard that rings while a commit of the worker waits for a
 # synchronous standby, or while the launcher waits for a lock?  Whatever waits
-# within a transaction resets the latch.
+# within a transaction resets the latch.  And does it ring no sooner than the
+# worker can see, and lock, what it rings for?
 
 use strict;
 use warnings;
@@ -76,5 +77,68 @@ $holder->query_safe('COMMIT');
 wait_for_worker($node, 'second');
 pass('an extension that came while the launcher waited gets its worker');
 $_->quit foreach $holder, $ringer, $creator;
+$node->stop;
+
+# Whoever rings is held right after it has rung, which is all that the worker
+# hears of it.
+my $latch = PostgreSQL::Test::Utils::tempdir();
+$node = chat_cluster('held', start => 0);
+{
+	local $ENV{LD_PRELOAD} = build_file('latch.so');
+	local $ENV{CHAT_TEST_LATCH} = $latch;
+	$node->start;
+}
+$node->safe_psql('postgres', 'CREATE EXTENSION chat');
+create_server($node, $fake, max_concurrency => 1);
+
+# Runs statements, the last of which rings; returns when it has, and holds it.
+sub ring
+{
+	my @statements = @_;
+	my $worker = wait_for_worker($node);
+	my $psql = session($node);
+
+	$psql->query_safe('SET client_min_messages = warning');
+	$psql->query_safe($_) foreach @statements[ 0 .. $#statements - 1 ];
+	wait_for_rest($node, $worker);
+	append_to_file("$latch/new", $worker);
+	rename "$latch/new", "$latch/pid" or die "$latch: $!\n";
+	$psql->query_until(qr/ringing/, "\\echo ringing\n$statements[-1];\n");
+	wait_until('the bell', sub { -e "$latch/held" });
+	return $psql;
+}
+
+# Lets it go on.
+sub let_go
+{
+	my ($psql) = @_;
+	unlink "$latch/held" or die "$latch: $!\n";
+	$psql->quit;
+	return;
+}
+
+my @turns = start_turns($node, 2, 'one [[tokens=2 gateat=1:r]]');
+$fake->wait_at_gate('r');
+my $held = ring("ALTER SERVER fake OPTIONS (SET max_concurrency '2')");
+$fake->get_json('/gate/r?wait=2');
+pass('a changed server is seen');
+let_go($held);
+$fake->open_gate('r', 2);
+wait_for_task($node, $_->{task}) foreach @turns;
+
+$held = ring('BEGIN', 'LOCK TABLE chat.chat_job IN ACCESS EXCLUSIVE MODE',
+	"SELECT chat.stream_chat_completion('$turns[0]{session}', 'hi [[tokens=2 gateat=1:l]]')",
+	'COMMIT');
+$fake->wait_at_gate('l');
+pass('what was locked can be used');
+let_go($held);
+$fake->open_gate('l');
+
+my $old = wait_for_worker($node);
+$held = ring('BEGIN', 'DROP EXTENSION chat CASCADE', 'CREATE EXTENSION chat', 'COMMIT');
+wait_gone($old);
+pass('a replaced extension is seen: its worker ends');
+let_go($held);
+isnt(wait_for_worker($node), $old, 'and another one comes');
 
 done_testing();

@@ -7,7 +7,8 @@
 #	pid_of($node, $like);		the only child whose title matches
 #	wait_until($what, sub { ... });		waits until it returns true
 #	wait_gone(@pids);			waits until there are no such processes
-#	pause_worker($node, $pid);	stops the worker while it sleeps and holds nothing;
+#	wait_for_rest($node, $pid);	waits until the worker sleeps and holds nothing
+#	pause_worker($node, $pid);	stops the worker while it does;
 #								kill 'CONT', $pid lets it go on
 #	session($node);				a psql in the background: ->query_safe(...)
 #	start_turns($node, $n, $message);	n sessions with one turn each, in one
@@ -24,7 +25,7 @@ use ChatTest;
 
 our @EXPORT = qw(
   kill_server kill_everything processes pid_of wait_until wait_gone
-  pause_worker session start_turns
+  wait_for_rest pause_worker session start_turns
 );
 
 # Waits until a condition holds; returns its value.
@@ -122,8 +123,8 @@ sub kill_everything
 	return;
 }
 
-# Stops the worker when it has come to rest: it must hold no lock meanwhile.
-sub pause_worker
+# Waits until the worker has come to rest: it sleeps and holds no lock.
+sub wait_for_rest
 {
 	my ($node, $pid) = @_;
 	my $seen = '';
@@ -139,6 +140,15 @@ sub pause_worker
 			$seen = $switches;
 			return $rests;
 		});
+	return;
+}
+
+# Stops the worker when it has come to rest: it must hold no lock meanwhile.
+sub pause_worker
+{
+	my ($node, $pid) = @_;
+
+	wait_for_rest($node, $pid);
 	kill 'STOP', $pid;
 	return;
 }
