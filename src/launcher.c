@@ -281,8 +281,7 @@ on_utility(PlannedStmt *pstmt, const char *query, bool read_only,
 	run_utility(pstmt, query, read_only, context, params, env, dest, qc);
 	if (rings)
 	{
-		chat_shmem_ring(MyDatabaseId, true);
-		chat_shmem_ring_notices(MyDatabaseId);
+		chat_shmem_ring_prepared();
 		/* no worker goes where no extension is */
 		if (OidIsValid(get_extension_oid("chat", true)))
 			chat_shmem_changed(MyDatabaseId);

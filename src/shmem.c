@@ -43,6 +43,7 @@ typedef struct WaitBucket
 	ConditionVariable cv;
 	pg_atomic_uint64 generation;
 	pg_atomic_uint32 readers;
+	pg_atomic_uint32 prepared;	/* a prepared transaction was to publish it */
 } WaitBucket;
 
 ChatShared *chat_shared = NULL;
@@ -132,6 +133,7 @@ startup(void)
 		ConditionVariableInit(&buckets[i].cv);
 		pg_atomic_init_u64(&buckets[i].generation, 0);
 		pg_atomic_init_u32(&buckets[i].readers, 0);
+		pg_atomic_init_u32(&buckets[i].prepared, 0);
 	}
 	LWLockRelease(AddinShmemInitLock);
 }
@@ -164,8 +166,12 @@ at_transaction_end(XactEvent event, void *arg)
 {
 	if (event == XACT_EVENT_COMMIT)
 		committed = true;
-	/* COMMIT PREPARED rings */
-	else if (event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
+	/* see chat_shmem_ring_prepared() */
+	if (event == XACT_EVENT_PREPARE && publish_wanted && buckets)
+		for (int i = 0; i < WAIT_BUCKETS; i++)
+			if (publish_buckets[i])
+				pg_atomic_write_u32(&buckets[i].prepared, 1);
+	if (event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
 		forget();
 }
 
@@ -428,6 +434,23 @@ chat_shmem_ring_notices(Oid database)
 		if (pg_atomic_read_u32(&chat_shared->slots[i].bell_database) == database)
 			pg_atomic_write_u32(&chat_shared->slots[i].notices, 1);
 	chat_shmem_ring(database, false);
+}
+
+/*
+ * Rings for a transaction that was prepared, maybe by another backend, and is
+ * committed now: nobody knows what it did.  A bucket that one was to publish
+ * is published at each COMMIT PREPARED from then on.
+ */
+void
+chat_shmem_ring_prepared(void)
+{
+	strays_wanted = true;
+	chat_shmem_ring_notices(MyDatabaseId);
+	chat_shmem_ring(MyDatabaseId, true);
+	strays_wanted = false;
+	for (int i = 0; i < WAIT_BUCKETS; i++)
+		if (pg_atomic_read_u32(&buckets[i].prepared))
+			publish(&buckets[i]);
 }
 
 /* Cancels the statement of the tool worker that runs an operation. */

@@ -152,6 +152,7 @@ extern void chat_shmem_changed(Oid database);
 extern void chat_shmem_ring(Oid database, bool recheck);
 extern void chat_shmem_ring_progress(Oid database);
 extern void chat_shmem_ring_notices(Oid database);
+extern void chat_shmem_ring_prepared(void);
 extern void chat_shmem_cancel_operation(const pg_uuid_t *operation);
 extern void chat_shmem_ring_at_commit(bool recheck);
 extern void chat_shmem_strays_at_commit(void);

@@ -183,6 +183,25 @@ foreach my $message ('running [[tokens=2 gate=lost]]', 'queued')
 	is(finish_query($query), 't|t', "T46: a reader of a task that has lost its job: $message");
 	is(wait_for_task($node, $lost)->{error}{code}, 'restored', 'which is what it is told');
 }
+
+# nor is it when the statement was prepared and somebody else commits it
+foreach my $sql ("SELECT chat.cancel_task('TASK')",
+	"SELECT chat.delete_chat_session('SESSION')", 'TRUNCATE chat.chat_job')
+{
+	my $id = create_session($node)->{id};
+	ask($node, $id, 'running [[tokens=2 gate=lost]]');
+	$fake->wait_at_gate('lost');
+	my $behind = ask($node, $id, 'behind');
+	(my $what = $sql) =~ s/SESSION/$id/;
+	$what =~ s/TASK/$behind/;
+	$query = start_query("SELECT count(*) >= 0, clock_timestamp() < statement_timestamp() + '25 s'"
+		  . " FROM chat.wait_task_events('$behind', 99)");
+	sleeper('wait_task_events');
+	$node->safe_psql('postgres', "BEGIN; $what; PREPARE TRANSACTION 'told'");
+	$node->safe_psql('postgres', "COMMIT PREPARED 'told'");
+	is(finish_query($query), 't|t', "T46: a reader at COMMIT PREPARED of $sql");
+	$node->safe_psql('postgres', "SELECT chat.delete_chat_session('$id')");
+}
 $session = create_session($node);
 $task = ask($node, $session->{id}, 'stay [[tokens=2 gate=stay]]');
 $fake->wait_at_gate('stay');
