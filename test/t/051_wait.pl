@@ -12,7 +12,8 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $fake = start_fake();
-my $node = chat_cluster('main');
+# no heartbeat, when it takes long
+my $node = chat_cluster('main', conf => 'chat.heartbeat_interval = 1h');
 create_server($node, $fake);
 my $session = create_session($node);
 
