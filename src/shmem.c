@@ -345,6 +345,8 @@ chat_shmem_attach(int index, Oid database)
 	on_shmem_exit(detach, (Datum) 0);
 	pg_atomic_write_u32(&slot->bell_database, database);
 	pg_atomic_write_u32(&slot->proc, (uint32) chat_my_proc_number() + 1);
+	/* it need not look any more whether this worker comes (P9) */
+	wake_launcher();
 }
 
 /* Says how this worker is going to end. */

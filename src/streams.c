@@ -106,6 +106,9 @@ chat_streams_drop(ChatStream *s)
 	chat_streams.epochs -= s->job.epoch;
 	count_streams();
 	chat_stream_free(s);
+	/* with the last one goes what it was to be looked at for (P9) */
+	if (chat_streams.n == 0)
+		chat_due.check = 0;
 }
 
 /* Returns how many starts or ends one transaction takes. */

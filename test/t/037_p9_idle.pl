@@ -32,6 +32,20 @@ sub activity
 	return \%now;
 }
 
+# Returns how long a process of ours sleeps at most, in ms; 'for ever' when it
+# waits for an event only, or when this system does not tell.
+sub sleeps
+{
+	my ($name) = @_;
+	my $pid = pid_of($node, qr/: \Q$name\E/);
+	open my $file, '<', "/proc/$pid/syscall" or return 'for ever';
+	# epoll_wait, by its number on this machine, and its arguments
+	my @call = split ' ', <$file> // '';
+	close $file;
+	return 'for ever' if @call < 5 || hex($call[4]) == 0xffffffff;
+	return hex $call[4];
+}
+
 # Asserts that nothing happens for ten seconds.
 sub idle
 {
@@ -48,6 +62,11 @@ sub idle
 			select undef, undef, undef, 1 unless $still;
 			return $still;
 		});
+	# what wakes them later than that is not of the past: the next event slot
+	my $worker = sleeps('chat worker');
+	is(sleeps('chat launcher'), 'for ever', "P9: the launcher sleeps, $when");
+	ok($worker eq 'for ever' || $worker > 100000, "P9: so does the worker, $when")
+	  or diag("for $worker ms");
 	select undef, undef, undef, 10;
 	is_deeply(activity(), $before, "P9: ten seconds of rest, $when");
 	return;
