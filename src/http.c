@@ -109,13 +109,20 @@ on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *known)
 
 	if (s == NULL)
 		return -1;
-	set = s->answering ? answer_fd : epoll_fd;
 	if (what == CURL_POLL_REMOVE)
 	{
 		/* the kernel has removed it already when it was closed */
-		(void) epoll_ctl(set, EPOLL_CTL_DEL, fd, NULL);
+		(void) epoll_ctl(s->answering ? answer_fd : epoll_fd, EPOLL_CTL_DEL,
+						 fd, NULL);
 		memset(s, 0, sizeof(*s));
 		return 0;
+	}
+	if (curl_easy_getinfo(easy, CURLINFO_PRIVATE, &t) == CURLE_OK && t != NULL)
+	{
+		t->fd = fd;
+		/* back from a pause */
+		if (s->events == 0)
+			s->answering = t->total > 0;
 	}
 	ev.data.fd = fd;
 	if (what & CURL_POLL_IN)
@@ -123,8 +130,7 @@ on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *known)
 	if (what & CURL_POLL_OUT)
 		ev.events |= EPOLLOUT;
 	s->events = ev.events;
-	if (curl_easy_getinfo(easy, CURLINFO_PRIVATE, &t) == CURLE_OK && t != NULL)
-		t->fd = fd;
+	set = s->answering ? answer_fd : epoll_fd;
 	if (epoll_ctl(set, EPOLL_CTL_MOD, fd, &ev) != 0 &&
 		epoll_ctl(set, EPOLL_CTL_ADD, fd, &ev) != 0)
 		return -1;

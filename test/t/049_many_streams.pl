@@ -8,6 +8,7 @@ use FindBin;
 use lib "$FindBin::RealBin/lib";
 use ChatTest;
 use ChatTest::Crash;
+use PostgreSQL::Test::Utils;
 use Test::More;
 
 use constant STREAMS => 600;    # more than two batches
@@ -19,6 +20,21 @@ create_server($node, $fake);
 $node->safe_psql('postgres',
 	server_sql($fake->port, name => 'brief', idle_timeout => '1s', retries => '0'));
 my $text = join '', map { "t$_ " } 0 .. TOKENS - 1;
+
+# the socket of an answer is held back with those of others; so it is again
+# when its transfer was paused because too much of it was not yet stored
+foreach my $size (1, 700_000)
+{
+	my $task = ask($node, create_session($node)->{id}, "[[tokens=3 size=$size gateat=2:paused]]");
+
+	$fake->wait_at_gate('paused');
+	wait_for($node, "SELECT count(*) > 2 FROM chat.chat_event WHERE task_id = '$task'"
+		  . " AND payload->>'type' = 'text-delta'") if $size > 1;
+	is(join(' ', sockets_of_sets(wait_for_worker($node))), '0 1',
+		"an answer in pieces of $size bytes is held back with others");
+	$fake->open_gate('paused');
+	wait_for_task($node, $task);
+}
 
 # answers that run side by side, some slow, some without any delay, some that
 # stop at a gate, one that falls silent
@@ -38,8 +54,8 @@ $fake->open_gate('g', 3);
 is(turn_of($node, $held[2]{task})->{answer}{content}, 't0 t1 t2 t3 ',
 	'one that was at a gate goes on');
 
-wait_for_task($node, $_->{task}) foreach @turns, @fast;
 my $ids = join ',', map { "'$_->{task}'" } @turns, @fast;
+wait_for($node, "SELECT count(*) = 0 FROM chat.chat_task WHERE id IN ($ids) AND finished_at IS NULL");
 is_deeply(rows_of($ids, 'SELECT t.status, m.content, count(*)::int AS n FROM chat.chat_task AS t'
 		. ' JOIN chat.chat_message AS m ON m.task_id = t.id AND m.role = \'assistant\''
 		. ' WHERE t.id IN (%s) GROUP BY 1, 2'),
@@ -67,6 +83,34 @@ is_deeply([ rows($node, "SELECT t.status, count(*)::int AS n FROM chat.chat_task
 		  . " JOIN chat.chat_session AS s ON s.id = t.session_id WHERE s.title = 'brief' GROUP BY 1") ],
 	[ { status => 'completed', n => 120 } ], 'answers that are held back are not silent');
 done_testing();
+
+# Returns how many sockets are members of the worker's epoll descriptors that
+# hold nothing but sockets and each other: of those to be looked at, and of
+# those that may be held back.
+sub sockets_of_sets
+{
+	my ($pid) = @_;
+	my %members;
+
+	foreach my $file (glob "/proc/$pid/fdinfo/*")
+	{
+		my ($fd) = $file =~ /(\d+)$/;
+		my $info = eval { slurp_file($file) } // '';
+
+		$members{$fd} = [ $info =~ /^tfd:\s*(\d+)/mg ]
+		  if (readlink("/proc/$pid/fd/$fd") // '') eq 'anon_inode:[eventpoll]';
+	}
+	# the worker's set holds the first, the first holds the second
+	foreach my $outer (keys %members)
+	{
+		my ($inner) = grep { $members{$_} } @{ $members{$outer} } or next;
+
+		return map { my $set = $_;
+			scalar grep { (readlink("/proc/$pid/fd/$_") // '') =~ /^socket:/ } @{ $members{$set} } }
+		  $outer, $inner if !grep { $members{$_} } @{ $members{$inner} };
+	}
+	return;
+}
 
 # Returns the rows of a query about tasks.
 sub rows_of
