@@ -71,6 +71,20 @@ chat_event_init(void)
 							 PGC_SIGHUP, 0, NULL, NULL, NULL);
 }
 
+/* Says where the events of a task go. */
+void
+chat_event_aim(ChatEventTarget *target, const pg_uuid_t *task, int16 slot,
+			   char *channel)
+{
+	Datum		text = DirectFunctionCall1(uuid_out, UUIDPGetDatum(task));
+
+	target->task = *task;
+	strlcpy(target->task_text, DatumGetCString(text),
+			sizeof(target->task_text));
+	target->slot = slot;
+	target->channel = channel;
+}
+
 /*
  * Returns a new item of the log whose text starts here, with room for len
  * bytes of it: what fails here for want of memory leaves the log as it was.

@@ -70,6 +70,8 @@ typedef struct ChatEventBatch
 } ChatEventBatch;
 
 extern void chat_event_init(void);
+extern void chat_event_aim(ChatEventTarget *target, const pg_uuid_t *task,
+						   int16 slot, char *channel);
 extern void chat_event_add(ChatEventLog *log, MemoryContext context,
 						   const char *json);
 extern void chat_event_delta(ChatEventLog *log, MemoryContext context,

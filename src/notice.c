@@ -20,13 +20,12 @@
 #include "utils/uuid.h"
 
 #include "db.h"
-#include "debug.h"
 #include "event.h"
 #include "notice.h"
 #include "queue.h"
-#include "retention.h"
 #include "shmem.h"
 #include "stream.h"
+#include "work.h"
 
 /* notices of one transaction */
 #define MAX_NOTICES 256
@@ -89,18 +88,15 @@ collect(ChatEventBatch *batch, uint64 row)
 {
 	/* the batch points to it */
 	ChatEventTarget *target = palloc0(sizeof(ChatEventTarget));
+	pg_uuid_t	task = chat_db_uuid(row, 1);
 	pg_uuid_t	answer = chat_db_uuid(row, 2);
-	Datum		id = UUIDPGetDatum(&target->task);
+	Datum		id = UUIDPGetDatum(&answer);
 	bool		isnull;
 	ChatEventLog log = {0};
 
-	target->task = chat_db_uuid(row, 1);
-	target->slot = DatumGetInt16(chat_db_datum(row, 3, &isnull));
-	target->channel = chat_db_text(row, 5);
-	strlcpy(target->task_text,
-			DatumGetCString(DirectFunctionCall1(uuid_out, id)),
-			sizeof(target->task_text));
-	id = UUIDPGetDatum(&answer);
+	chat_event_aim(target, &task,
+				   DatumGetInt16(chat_db_datum(row, 3, &isnull)),
+				   chat_db_text(row, 5));
 	chat_event_add(&log, CurrentMemoryContext,
 				   psprintf("{\"type\":\"start\",\"messageId\":\"%s\"}",
 							DatumGetCString(DirectFunctionCall1(uuid_out, id))));
@@ -108,24 +104,6 @@ collect(ChatEventBatch *batch, uint64 row)
 	(void) chat_event_collect(batch, target,
 							  (int64) chat_db_int32(row, 4, 0) << CHAT_EVENT_RUN_SHIFT,
 							  &log);
-}
-
-/* Writes the events of a batch, and notifies them while that works. */
-static void
-tell(ChatEventBatch *batch)
-{
-	if (batch->n == 0)
-		return;
-	chat_event_write(batch);
-	if (failures >= MAX_LOUD || chat_event_queue_full())
-		pg_atomic_fetch_add_u64(&chat_slot->counters.unnotified, batch->n);
-	else
-	{
-		chat_debug_notify();
-		chat_event_notify(batch);
-	}
-	pg_atomic_fetch_add_u64(&chat_slot->counters.events, batch->n);
-	chat_retention_written(chat_stream_clock());
 }
 
 /* In a transaction: tells the notices that there are. */
@@ -149,7 +127,7 @@ chat_notice_tell(void)
 		collect(&batch, row);
 	chat_db_exec(&any_notice, values, NULL);
 	more = chat_db_bool(0, 1);
-	tell(&batch);
+	chat_work_write(&batch, failures >= MAX_LOUD);
 }
 
 /* After the transaction: plans when to look again. */

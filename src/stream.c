@@ -124,7 +124,6 @@ chat_stream_create(const ChatJob *job, MemoryContext parent)
 												  ALLOCSET_SMALL_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	ChatStream *s = palloc0(sizeof(ChatStream));
-	const uint8 *u = job->task.data;
 
 	s->context = context;
 	s->endpoint = -1;
@@ -133,14 +132,7 @@ chat_stream_create(const ChatJob *job, MemoryContext parent)
 	s->job.server = copy_string(job->server);
 	s->job.user_id = copy_string(job->user_id);
 	s->job.settings = NULL;
-	s->target.task = job->task;
-	s->target.slot = job->slot;
-	s->target.channel = s->job.channel;
-	snprintf(s->target.task_text, sizeof(s->target.task_text),
-			 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-"
-			 "%02x%02x%02x%02x%02x%02x",
-			 u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9],
-			 u[10], u[11], u[12], u[13], u[14], u[15]);
+	chat_event_aim(&s->target, &job->task, job->slot, s->job.channel);
 	s->seq = job->seq;
 	s->end.job = &s->job;
 	MemoryContextSwitchTo(old);

@@ -932,11 +932,9 @@ read_turn(Turn *t, uint64 row)
 	t->steps = chat_db_int32(row, 12, 0);
 	t->detached = chat_db_bool(row, 13);
 	t->holds = !t->detached;
-	t->target.task = t->job.task;
-	strlcpy(t->target.task_text, uuid_text(&t->job.task),
-			sizeof(t->target.task_text));
-	t->target.slot = DatumGetInt16(chat_db_datum(row, 11, &(bool) {false}));
-	t->target.channel = t->job.channel;
+	chat_event_aim(&t->target, &t->job.task,
+				   DatumGetInt16(chat_db_datum(row, 11, &(bool) {false})),
+				   t->job.channel);
 }
 
 /* Reads a call's row. */
@@ -1266,10 +1264,10 @@ chat_turn_progress(const pg_uuid_t *operation, const char *report,
 		return false;
 	/* the batch points into its targets */
 	t = palloc0(sizeof(Turn));
-	*task = t->target.task = chat_db_uuid(0, 2);
-	strlcpy(t->target.task_text, uuid_text(task), sizeof(t->target.task_text));
-	t->target.slot = DatumGetInt16(chat_db_datum(0, 3, &(bool) {false}));
-	t->target.channel = chat_db_text(0, 4);
+	*task = chat_db_uuid(0, 2);
+	chat_event_aim(&t->target, task,
+				   DatumGetInt16(chat_db_datum(0, 3, &(bool) {false})),
+				   chat_db_text(0, 4));
 	c.call_id = chat_db_text(0, 5);
 	log_progress(t, &c, report);
 	(void) chat_event_collect(batch, &t->target,

@@ -7,10 +7,8 @@
  */
 #include "postgres.h"
 
-#include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/timestamp.h"
-#include "utils/uuid.h"
 
 #include "event.h"
 #include "queue.h"
@@ -131,13 +129,7 @@ collect_stray(ChatEventBatch *batch, const ChatStray *stray)
 	ChatEventTarget *target = palloc0(sizeof(ChatEventTarget));
 	ChatEventLog log = {0};
 
-	target->task = stray->task;
-	target->slot = stray->slot;
-	target->channel = stray->channel;
-	strlcpy(target->task_text,
-			DatumGetCString(DirectFunctionCall1(uuid_out,
-												UUIDPGetDatum(&stray->task))),
-			sizeof(target->task_text));
+	chat_event_aim(target, &stray->task, stray->slot, stray->channel);
 	chat_event_add(&log, CurrentMemoryContext, "{\"type\":\"reset-step\"}");
 	chat_event_add(&log, CurrentMemoryContext,
 				   "{\"type\":\"error\",\"errorText\":\"" CHAT_STRAY_MESSAGE
