@@ -27,7 +27,7 @@
 
 /* ends of one transaction */
 #define MAX_ENDS 1000
-/* flushes of a stream that may fail for want of memory before it has failed */
+/* flushes in a row that may fail for want of memory until a stream fails */
 #define MAX_MEMORY_TRIES 10
 
 static int64 flush_due = CHAT_NEVER;	/* not before, after an error */
@@ -72,6 +72,7 @@ deltas_committed(Flush *f)
 		ChatStream *s = f->streams[i];
 
 		s->seq = f->seqs[i];
+		s->memory_tries = 0;
 		chat_event_clear(&s->log);
 		if (!s->ended)
 			chat_streams_unmark(s);
@@ -285,10 +286,10 @@ flush_some(Flush *f, const char *activity, bool durable,
 	/* many large ends may be more than there is memory for, each alone not */
 	if (chat_work_is_systemic(edata) &&
 		(edata->sqlerrcode != ERRCODE_OUT_OF_MEMORY ||
-		 (f->n == 1 && f->streams[0]->end_tries < MAX_MEMORY_TRIES)))
+		 (f->n == 1 && f->streams[0]->memory_tries < MAX_MEMORY_TRIES)))
 	{
 		if (edata->sqlerrcode == ERRCODE_OUT_OF_MEMORY)
-			f->streams[0]->end_tries++;
+			f->streams[0]->memory_tries++;
 		return false;
 	}
 	if (f->n == 1)
@@ -301,7 +302,10 @@ flush_some(Flush *f, const char *activity, bool durable,
 		Flush		one = {&f->streams[i], 1, &f->seqs[i], f->quiet, false};
 
 		if (!flush_some(&one, activity, durable, work, committed))
+		{
+			f->fenced = one.fenced;
 			return false;
+		}
 	}
 	return true;
 }

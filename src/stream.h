@@ -103,6 +103,7 @@ typedef struct ChatStream
 	ChatEventLog end_log;		/* written with it */
 	int64		retry_end_at;	/* storing it failed: not before this time */
 	int			end_tries;
+	int			memory_tries;	/* flushes in a row that had none for it */
 } ChatStream;
 
 extern void chat_stream_init(void);
