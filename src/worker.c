@@ -79,17 +79,21 @@ chat_worker_init(void)
 static void
 check_times(int64 now)
 {
+	/* variables, as Min() would call one of two functions twice */
+	int64		tools = chat_httptool_check_time(now);
+	int64		sides = chat_side_check_time(now);
+	int64		stream;
 	dlist_iter	iter;
 
-	chat_due.check = Min(chat_httptool_check_time(now),
-						 chat_side_check_time(now));
+	chat_due.check = Min(tools, sides);
 	dlist_foreach(iter, &chat_streams.all)
 	{
 		ChatStream *s = dlist_container(ChatStream, node, iter.cur);
 
 		if (s->ended)
 			continue;
-		chat_due.check = Min(chat_due.check, chat_stream_check_time(s, now));
+		stream = chat_stream_check_time(s, now);
+		chat_due.check = Min(chat_due.check, stream);
 		if (s->ended)
 			chat_streams_mark(s);
 	}
@@ -276,8 +280,11 @@ receive(void)
 			chat_streams_mark(s);
 		/* from the first content on another, maybe shorter limit holds */
 		if (waiting && s->first_content_at != 0)
-			chat_due.check = Min(chat_due.check,
-								 chat_stream_check_time(s, s->content_at));
+		{
+			int64		due = chat_stream_check_time(s, s->content_at);
+
+			chat_due.check = Min(chat_due.check, due);
+		}
 		if (s->transfer && s->log.text.len > MAX_PENDING)
 			chat_http_pause(s->transfer, true);
 	}
