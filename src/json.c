@@ -265,7 +265,10 @@ walk_string(Rewrite *rw, const char *p, const char *end)
 	}
 }
 
-/* Returns the exponent that follows the letter at p, without its sign. */
+/*
+ * Returns the exponent that follows the letter at p, without its sign.  One
+ * that no number can have is refused by whoever reads it.
+ */
 static int
 exponent(const char *p, const char *end)
 {
@@ -274,10 +277,9 @@ exponent(const char *p, const char *end)
 	p++;
 	if (p < end && (*p == '-' || *p == '+'))
 		p++;
-	for (; p < end && *p >= '0' && *p <= '9'; p++)
-		if (value <= CHAT_JSON_MAX_DIGITS)
-			value = value * 10 + (*p - '0');
-	return value <= CHAT_JSON_MAX_DIGITS ? value : CHAT_JSON_MAX_DIGITS + 1;
+	for (; p < end && *p >= '0' && *p <= '9' && value < 1000000; p++)
+		value = value * 10 + (*p - '0');
+	return value;
 }
 
 /* Passes over a JSON text; false when it is nested or written out too far. */
@@ -285,7 +287,8 @@ static bool
 walk_json(Rewrite *rw, const char *p, const char *end)
 {
 	int			depth = 0;
-	int			digits = 0;
+	size_t		digits = 0;
+	size_t		most = CHAT_JSON_MAX_DIGITS + 2 * (size_t) (end - p);
 
 	while (p < end)
 	{
@@ -306,8 +309,8 @@ walk_json(Rewrite *rw, const char *p, const char *end)
 				break;
 			case 'e':
 			case 'E':
-				digits += exponent(p, end);
-				if (digits > CHAT_JSON_MAX_DIGITS)
+				digits += (size_t) exponent(p, end);
+				if (digits > most)
 					return false;
 				break;
 			case '\0':

@@ -16,10 +16,10 @@
 /* objects and arrays within each other; the server's parser recurses */
 #define CHAT_JSON_MAX_DEPTH 64
 /*
- * sum of the exponents of a text: jsonb writes its numbers without them, a
- * hundred thousand digits for ten bytes
+ * sum of the exponents of a text, beside twice its length: jsonb writes its
+ * numbers without them, a hundred thousand digits for ten bytes
  */
-#define CHAT_JSON_MAX_DIGITS 1000000
+#define CHAT_JSON_MAX_DIGITS 100000
 
 typedef enum ChatJsonState
 {

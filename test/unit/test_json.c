@@ -103,6 +103,33 @@ test_depth(void)
 }
 
 static void
+test_exponents(void)
+{
+	static char numbers[200000];
+	size_t		len;
+	size_t		need;
+
+	len = (size_t) sprintf(numbers, "[1e99999,1]");
+	ok(chat_json_check(numbers, len, &need) == CHAT_JSON_AS_IS,
+	   "a long number");
+	len = (size_t) sprintf(numbers, "[1e99999,2E-99]");
+	ok(chat_json_check(numbers, len, &need) == CHAT_JSON_TOO_DEEP,
+	   "numbers that are too long together");
+	len = (size_t) sprintf(numbers, "[1e99999999999999999999]");
+	ok(chat_json_check(numbers, len, &need) == CHAT_JSON_TOO_DEEP,
+	   "one that is too long alone");
+	len = (size_t) sprintf(numbers, "\"1e99999 1e99999\"");
+	ok(chat_json_check(numbers, len, &need) == CHAT_JSON_AS_IS,
+	   "in a string it is none");
+	/* many log probabilities: they are short for what they take */
+	len = 0;
+	for (int i = 0; i < 20000; i++)
+		len += (size_t) sprintf(numbers + len, "-1.2e-15,");
+	ok(chat_json_check(numbers, len, &need) == CHAT_JSON_AS_IS,
+	   "many that are short");
+}
+
+static void
 text(const char *name, const char *in, size_t len, const char *want)
 {
 	size_t		need = 0;
@@ -201,6 +228,7 @@ main(int argc, char **argv)
 		return bench();
 	test_clean();
 	test_depth();
+	test_exponents();
 	test_text();
 	test_escape();
 	return done_testing();
