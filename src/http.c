@@ -303,12 +303,29 @@ reserve(ChatTransfer *t, size_t n)
 	return true;
 }
 
+/* Reads how many seconds the endpoint asks to wait, -1 when it does not. */
+static long
+read_retry_after(CURL *easy)
+{
+	curl_off_t	after = 0;
+	struct curl_header *header;
+
+	if (curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &after) == CURLE_OK &&
+		after > 0)
+		return (long) Min(after, INT_MAX);
+	/* a number that libcurl cannot hold */
+	if (curl_easy_header(easy, "Retry-After", 0, CURLH_HEADER, -1,
+						 &header) == CURLHE_OK &&
+		strspn(header->value, "0123456789") > 18)
+		return INT_MAX;
+	return -1;
+}
+
 /* Reads what the head of the answer says. */
 static void
 note_head(ChatTransfer *t)
 {
 	long		status = 0;
-	curl_off_t	after = 0;
 	curl_off_t	sent = 0;
 	char	   *type = NULL;
 
@@ -317,9 +334,7 @@ note_head(ChatTransfer *t)
 	t->status = (int) status;
 	t->event_stream = type != NULL &&
 		pg_strncasecmp(type, "text/event-stream", 17) == 0;
-	if (curl_easy_getinfo(t->easy, CURLINFO_RETRY_AFTER, &after) == CURLE_OK &&
-		after > 0)
-		t->retry_after = (long) after;
+	t->retry_after = read_retry_after(t->easy);
 	curl_easy_getinfo(t->easy, CURLINFO_SIZE_UPLOAD_T, &sent);
 	if (t->body && (size_t) sent >= t->body_len)
 	{
@@ -379,6 +394,7 @@ classify(const ChatTransfer *t, CURLcode rc)
 		case CURLE_HTTP2:
 		case CURLE_HTTP2_STREAM:
 		case CURLE_OUT_OF_MEMORY:
+		case CURLE_WRITE_ERROR: /* on_data() had none */
 		case CURLE_ABORTED_BY_CALLBACK: /* on_socket() had no room */
 			return CHAT_HTTP_BROKEN;
 		case CURLE_SSL_CONNECT_ERROR:
@@ -476,6 +492,8 @@ set_common_options(ChatTransfer *t, const ChatHttpRequest *req)
 	curl_easy_setopt(easy, CURLOPT_PROXY, req->proxy ? req->proxy : "");
 	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, on_data);
 	curl_easy_setopt(easy, CURLOPT_WRITEDATA, t);
+	/* asked for is none, but what comes all the same can be read */
+	curl_easy_setopt(easy, CURLOPT_ACCEPT_ENCODING, "identity");
 	curl_easy_setopt(easy, CURLOPT_TCP_KEEPALIVE, 1L);
 	curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS,
 					 (long) req->connect_timeout);

@@ -232,7 +232,8 @@ typedef enum NodeKind
 	NODE_ROOTS,					/* Gemini wraps errors in an array */
 	NODE_CHOICES,
 	NODE_CHOICE,
-	NODE_DELTA,					/* or the message of a plain body */
+	NODE_DELTA,
+	NODE_MESSAGE,				/* of a plain body, in the place of a delta */
 	NODE_PARTS,
 	NODE_PART,
 	NODE_THOUGHTS,
@@ -299,6 +300,8 @@ typedef struct Parse
 	ChatStr		error_status;
 	bool		has_choices;
 
+	bool		whole;			/* a plain body: messages go before deltas */
+	bool		choice_told;	/* what goes before was read of this choice */
 	bool		choice_done;	/* the one choice that counts was read */
 	int			choice_index;
 	int			choices_seen;
@@ -338,9 +341,11 @@ static const Rule root_rules[] = {
 	OBJECT("x_groq", NODE_GROQ),
 	{"error", 5, TAKE_ERROR, NODE_ERROR, NODE_IGNORED,
 	offsetof(Parse, chunk.error_message)},
-	SCALAR("message", TAKE_STRING, root_message),
+	{"message", 7, TAKE_STRING, NODE_DETAIL, NODE_IGNORED,
+	offsetof(Parse, root_message)},
 	{"detail", 6, TAKE_STRING, NODE_DETAIL, NODE_DETAILS,
 	offsetof(Parse, root_message)},
+	ARRAY("errors", NODE_DETAILS),
 	SCALAR("code", TAKE_WORD, root_code),
 	SCALAR("type", TAKE_STRING, root_type),
 	END
@@ -349,7 +354,7 @@ static const Rule root_rules[] = {
 static const Rule choice_rules[] = {
 	SCALAR("index", TAKE_INDEX, choice_index),
 	OBJECT("delta", NODE_DELTA),
-	OBJECT("message", NODE_DELTA),
+	OBJECT("message", NODE_MESSAGE),
 	SCALAR("finish_reason", TAKE_STRING, chunk.finish_reason),
 	OBJECT("usage", NODE_USAGE),
 	{"error", 5, TAKE_ERROR, NODE_ERROR, NODE_IGNORED,
@@ -442,6 +447,8 @@ static const Rule error_metadata_rules[] = {
 static const Rule detail_rules[] = {
 	SCALAR("msg", TAKE_STRING, root_message),
 	SCALAR("message", TAKE_STRING, root_message),
+	SCALAR("error", TAKE_STRING, root_message),
+	ARRAY("detail", NODE_DETAILS),
 	END
 };
 
@@ -455,6 +462,7 @@ static const Rule *const rules[NODE_COUNT] = {
 	[NODE_CHOICES] = no_rules,
 	[NODE_CHOICE] = choice_rules,
 	[NODE_DELTA] = delta_rules,
+	[NODE_MESSAGE] = delta_rules,
 	[NODE_PARTS] = no_rules,
 	[NODE_PART] = part_rules,
 	[NODE_THOUGHTS] = no_rules,
@@ -691,26 +699,51 @@ static void
 start_choice(Parse *ps)
 {
 	ps->choice_index = ps->choices_seen++;
+	ps->choice_told = false;
 	if (ps->choice_done)
 		ps->stack[ps->depth] = NODE_IGNORED;
+}
+
+/* Drops what the choice that is open has told. */
+static void
+forget_choice(Parse *ps)
+{
+	static const Growing nothing;
+	ChatChunk  *chunk = &ps->chunk;
+
+	ps->text = ps->thought = ps->reasoning = ps->refusal = nothing;
+	chunk->reasoning_details = NO_STR;
+	chunk->function_name = chunk->function_arguments = NO_STR;
+	chunk->ntools = 0;
 }
 
 /* Ends a choice: all that it told is dropped unless it is number 0. */
 static void
 end_choice(Parse *ps)
 {
-	static const Growing nothing;
-	ChatChunk  *chunk = &ps->chunk;
-
 	if (ps->choice_index == 0)
 	{
 		ps->choice_done = true;
 		return;
 	}
-	ps->text = ps->thought = ps->reasoning = ps->refusal = nothing;
-	chunk->finish_reason = chunk->reasoning_details = NO_STR;
-	chunk->function_name = chunk->function_arguments = NO_STR;
-	chunk->ntools = 0;
+	forget_choice(ps);
+	ps->chunk.finish_reason = NO_STR;
+}
+
+/*
+ * Starts a delta or a message.  Perplexity's chunks have both, the message
+ * with all that was said so far: one of them counts.
+ */
+static void
+start_message(Parse *ps)
+{
+	if (here(ps) == (ps->whole ? NODE_MESSAGE : NODE_DELTA))
+	{
+		forget_choice(ps);
+		ps->choice_told = true;
+	}
+	else if (ps->choice_told)
+		ps->stack[ps->depth] = NODE_IGNORED;
 }
 
 /* Starts a piece of a tool call. */
@@ -769,6 +802,10 @@ object_start(void *state)
 	{
 		case NODE_CHOICE:
 			start_choice(ps);
+			break;
+		case NODE_DELTA:
+		case NODE_MESSAGE:
+			start_message(ps);
 			break;
 		case NODE_TOOL:
 			start_tool(ps);
@@ -895,7 +932,7 @@ finish_chunk(Parse *ps)
 
 /* Reads a payload into *ps; false when it is not JSON or not an object. */
 static bool
-parse(Parse *ps, ChatStr json)
+parse(Parse *ps, ChatStr json, bool whole)
 {
 	JsonSemAction sem = {
 		.semstate = ps,
@@ -911,7 +948,10 @@ parse(Parse *ps, ChatStr json)
 
 	memset(ps, 0, sizeof(*ps));
 	ps->chunk.usage = (ChatUsage) {-1, -1, -1, -1};
+	ps->whole = whole;
 	json = trim(json);
+	if (json.len >= 3 && memcmp(json.data, "\xEF\xBB\xBF", 3) == 0)
+		json = trim((ChatStr) {json.data + 3, json.len - 3});
 	if (json.len == 0 || !make_safe(&json))
 		return false;
 	first = json.data[0];
@@ -938,7 +978,7 @@ parse_chunk(const char *data, size_t len, ChatChunk *out)
 		out->done = json.len > 0;
 		return true;
 	}
-	ok = parse(&ps, json);
+	ok = parse(&ps, json, false);
 	*out = ps.chunk;
 	return ok;
 }
@@ -948,14 +988,12 @@ static bool
 parse_response(const char *data, size_t len, ChatChunk *out)
 {
 	Parse		ps;
-	bool		ok = parse(&ps, (ChatStr) {data, len});
+	bool		ok = parse(&ps, (ChatStr) {data, len}, true);
 
 	*out = ps.chunk;
+	/* here each is a call of its own, whatever its number */
 	for (int i = 0; i < out->ntools; i++)
-	{
-		if (out->tools[i].index < 0)
-			out->tools[i].index = i;
-	}
+		out->tools[i].index = i;
 	return ok && (ps.has_choices || out->is_error);
 }
 
@@ -1189,7 +1227,7 @@ read_error(int http_status, const char *body, size_t len,
 	Parse		ps;
 	ChatStr		text = {body, len};
 
-	if (parse(&ps, text))
+	if (parse(&ps, text, true))
 	{
 		if (!ps.chunk.is_error)
 			finish_error(&ps);
@@ -1877,12 +1915,172 @@ build_request(StringInfo out, const ChatRequest *req)
 	appendStringInfoChar(out, '}');
 }
 
+
+/* --- Blocks of reasoning --- */
+
+/* a piece with more members is not joined with others */
+#define MAX_PIECE_MEMBERS 16
+
+/* A block of reasoning, put together from its pieces. */
+typedef struct Block
+{
+	int			n;
+	Member		members[MAX_PIECE_MEMBERS];
+	Growing		text;			/* what is inside the quotes of its text */
+	Growing		summary;		/* ... or of its summary */
+} Block;
+
+/* Is a member's value there and something else than null? */
+static bool
+is_given(const Member *m)
+{
+	return m != NULL && m->type != JSON_TOKEN_NULL;
+}
+
+/* The member of this name of a block, or NULL. */
+static Member *
+block_member(Block *block, const char *name)
+{
+	Members		ms = {.n = block->n, .list = block->members};
+
+	return (Member *) find_member(&ms, name);
+}
+
+/* The text that a member adds to, or NULL. */
+static Growing *
+block_text(Block *block, const Member *m)
+{
+	if (m->type != JSON_TOKEN_STRING)
+		return NULL;
+	if (is_named(m, "text"))
+		return &block->text;
+	return is_named(m, "summary") ? &block->summary : NULL;
+}
+
+/* Do both have this member, with another value? */
+static bool
+differ(Block *block, const Members *piece, const char *name)
+{
+	const Member *a = block_member(block, name);
+	const Member *b = find_member(piece, name);
+
+	return is_given(a) && is_given(b) &&
+		(a->value.len != b->value.len ||
+		 memcmp(a->value.data, b->value.data, a->value.len) != 0);
+}
+
+/*
+ * Does a piece go on with the block before it?  Index and id may tell them
+ * apart, but some number all alike: a signature ends a block, too.
+ */
+static bool
+goes_on(Block *block, const Members *piece)
+{
+	ChatStr		type = member_string(piece, "type");
+
+	if (block->n == 0 || piece->n == 0 || piece->n > MAX_PIECE_MEMBERS ||
+		(!equals(type, "reasoning.text") &&
+		 !equals(type, "reasoning.summary")))
+		return false;
+	if (differ(block, piece, "type") || differ(block, piece, "index") ||
+		differ(block, piece, "id") || differ(block, piece, "signature"))
+		return false;
+	return !is_given(block_member(block, "signature")) ||
+		is_given(find_member(piece, "signature"));
+}
+
+/* Adds a piece to a block. */
+static void
+add_piece(Block *block, const Members *piece)
+{
+	for (int i = 0; i < piece->n; i++)
+	{
+		const Member *m = &piece->list[i];
+		Growing    *text = block_text(block, m);
+		Member	   *known = NULL;
+
+		if (text)
+			grow(text, inside(m->value));
+		for (int k = 0; k < block->n && known == NULL; k++)
+		{
+			ChatStr		name = block->members[k].raw_name;
+
+			if (name.len == m->raw_name.len &&
+				memcmp(name.data, m->raw_name.data, name.len) == 0)
+				known = &block->members[k];
+		}
+		if (known == NULL && block->n < MAX_PIECE_MEMBERS)
+			block->members[block->n++] = *m;
+		else if (known && is_given(m))
+			*known = *m;
+	}
+}
+
+/* Appends a block, if there is one, and forgets it. */
+static void
+end_block(StringInfo out, Block *block)
+{
+	if (block->n > 0)
+		appendStringInfoString(out, out->data[out->len - 1] == '[' ? "{" : ",{");
+	for (int i = 0; i < block->n; i++)
+	{
+		const Member *m = &block->members[i];
+		Growing    *text = block_text(block, m);
+
+		if (i > 0)
+			appendStringInfoChar(out, ',');
+		put(out, m->raw_name);
+		appendStringInfoChar(out, ':');
+		if (text == NULL)
+			put(out, m->value);
+		else
+		{
+			appendStringInfoChar(out, '"');
+			put(out, text->str);
+			appendStringInfoChar(out, '"');
+		}
+	}
+	if (block->n > 0)
+		appendStringInfoChar(out, '}');
+	memset(block, 0, sizeof(*block));
+}
+
+/* Appends the reasoning_details of a message, joined from their pieces. */
+static void
+join_reasoning(StringInfo out, ChatStr pieces)
+{
+	Members		list = list_members(pieces, '[');
+	Block		block = {0};
+
+	appendStringInfoChar(out, '[');
+	for (int i = 0; i < list.n; i++)
+	{
+		Members		piece = list_members(list.list[i].value, '{');
+
+		if (!goes_on(&block, &piece))
+			end_block(out, &block);
+		if (piece.n > 0 && piece.n <= MAX_PIECE_MEMBERS)
+			add_piece(&block, &piece);
+		else
+		{
+			if (out->data[out->len - 1] != '[')
+				appendStringInfoChar(out, ',');
+			put(out, list.list[i].value);
+		}
+		if (piece.list)
+			pfree(piece.list);
+	}
+	end_block(out, &block);
+	appendStringInfoChar(out, ']');
+}
+
 const ChatProvider chat_openai = {
 	.name = "openai",
 	.path = "/chat/completions",
 	.build_request = build_request,
 	.parse_chunk = parse_chunk,
 	.parse_response = parse_response,
+	.join_reasoning = join_reasoning,
 	.read_error = read_error,
 	.chunk_error = chunk_error,
 	.finish_reason = finish_reason

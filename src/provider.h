@@ -55,7 +55,7 @@ typedef struct ChatChunk
 	ChatStr		finish_reason;	/* the endpoint's word; never empty */
 	ChatStr		model;			/* the model that answered */
 	ChatStr		response_id;
-	ChatStr		reasoning_details;	/* raw JSON array, to be sent back */
+	ChatStr		reasoning_details;	/* raw JSON array, see join_reasoning */
 	ChatStr		function_name;	/* legacy function_call.name */
 	ChatStr		function_arguments; /* to be appended */
 	int			ntools;
@@ -173,6 +173,13 @@ typedef struct ChatProvider
 	/* the same for the whole body of an answer that is not a stream */
 	bool		(*parse_response) (const char *data, size_t len,
 								   ChatChunk *out);
+
+	/*
+	 * Appends the reasoning_details of a message: an array of those of all
+	 * chunks, in which a block that came in pieces is one again.
+	 */
+	void		(*join_reasoning) (struct StringInfoData *out,
+								   ChatStr pieces);
 
 	/* says what a response with an error status means; any body will do */
 	void		(*read_error) (int http_status, const char *body, size_t len,

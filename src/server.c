@@ -596,11 +596,27 @@ chat_server_headers(const ChatServer *server, const char *key,
 	return n;
 }
 
-/* Appends text with every occurrence of a key replaced. */
+/* Returns how many bytes at a text's end are the start of a key. */
+static size_t
+cut_key_length(const char *text, const char *key)
+{
+	size_t		size = strlen(text);
+	size_t		n = Min(size, strlen(key) - 1);
+
+	while (n >= MIN_SECRET_LENGTH && memcmp(text + size - n, key, n) != 0)
+		n--;
+	return n >= MIN_SECRET_LENGTH ? n : 0;
+}
+
+/*
+ * Appends text with every occurrence of a key replaced, and what is left of
+ * one where the text was cut.
+ */
 static void
 redact_key(StringInfo out, const char *text, const char *key)
 {
 	const char *hit;
+	size_t		cut;
 
 	while ((hit = strstr(text, key)) != NULL)
 	{
@@ -608,7 +624,10 @@ redact_key(StringInfo out, const char *text, const char *key)
 		appendStringInfoString(out, REDACTED);
 		text = hit + strlen(key);
 	}
-	appendStringInfoString(out, text);
+	cut = cut_key_length(text, key);
+	appendBinaryStringInfo(out, text, strlen(text) - cut);
+	if (cut > 0)
+		appendStringInfoString(out, REDACTED);
 }
 
 /* Appends text with what looks like a key of OpenAI's replaced. */

@@ -13,11 +13,13 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
 #include <math.h>
 #include <time.h>
 
 #include "common/pg_prng.h"
 #include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -33,6 +35,10 @@
 #define MAX_RETRY_AFTER 300
 /* bytes of a tool call's id: every event of the call carries it */
 #define MAX_ID 256
+/* bytes of other names that an endpoint chooses */
+#define MAX_NAME 256
+/* bytes of an answer's tool calls: storing them takes many times as much */
+#define MAX_CALLS_SIZE (1024 * 1024)
 /* tool calls of one answer: a bound for hostile input */
 #define MAX_TOOL_INDEX 255
 /* a transfer's buffer larger than this is given back once it is consumed */
@@ -127,6 +133,7 @@ chat_stream_create(const ChatJob *job, MemoryContext parent)
 
 	s->context = context;
 	s->endpoint = -1;
+	s->usage = (ChatUsage) {-1, -1, -1, -1};
 	s->job = *job;
 	s->job.channel = copy_string(job->channel);
 	s->job.server = copy_string(job->server);
@@ -295,38 +302,51 @@ copy_str(ChatStr text)
 	return pnstrdup(text.data, text.len);
 }
 
+/* Copies a name that an endpoint has chosen, which may be anything. */
+static char *
+copy_name(ChatStr name)
+{
+	return pnstrdup(name.data, pg_mbcliplen(name.data, (int) name.len,
+											MAX_NAME));
+}
+
 /* ---------- tool calls ---------- */
 
-/* True if a piece without an index starts a call: by its id, else its name. */
+/*
+ * True if a piece belongs to another call than the last one of its number:
+ * some endpoints number all calls alike (Ollama: 0), or none; others repeat
+ * id and name in each piece, or make up an id for each.  No object goes on
+ * with a brace behind its last one.
+ */
 static bool
-starts_tool(const ChatStreamTool *last, const ChatToolDelta *d)
+starts_other(const ChatStreamTool *t, const ChatToolDelta *d)
 {
-	if (last == NULL)
+	const StringInfoData *args = &t->arguments;
+	bool		named = d->name.len > 0 && t->name != NULL;
+
+	if (d->id.len > 0 && t->sent_id != NULL &&
+		(strlen(t->sent_id) != d->id.len ||
+		 memcmp(t->sent_id, d->id.data, d->id.len) != 0))
+		return named || d->index < 0;
+	if (!named)
+		return false;
+	if (d->index < 0 && d->id.len == 0)
 		return true;
-	if (d->id.len == 0)
-		return d->name.len > 0 && last->name != NULL;
-	return last->id != NULL && (strlen(last->id) != d->id.len ||
-								memcmp(last->id, d->id.data, d->id.len) != 0);
+	return d->arguments.len > 0 && d->arguments.data[0] == '{' &&
+		args->len > 0 && args->data[args->len - 1] == '}';
 }
 
 /* Finds the call that a piece belongs to, or makes it. */
 static ChatStreamTool *
 find_tool(ChatStream *s, const ChatToolDelta *d)
 {
-	ChatStreamTool *t;
-	int			index = d->index;
+	ChatStreamTool *t = NULL;
 
-	if (index < 0)
-	{
-		ChatStreamTool *last = s->ntools ? &s->tools[s->ntools - 1] : NULL;
-
-		if (!starts_tool(last, d))
-			return last;
-		index = last ? last->index + 1 : 0;
-	}
-	for (int i = 0; i < s->ntools; i++)
-		if (s->tools[i].index == index)
-			return &s->tools[i];
+	for (int i = s->ntools - 1; i >= 0 && t == NULL; i--)
+		if (d->index < 0 || s->tools[i].index == d->index)
+			t = &s->tools[i];
+	if (t != NULL && !starts_other(t, d))
+		return t;
 	if (s->ntools > MAX_TOOL_INDEX)
 		return NULL;
 	s->tools = s->tools
@@ -334,7 +354,7 @@ find_tool(ChatStream *s, const ChatToolDelta *d)
 		: palloc(sizeof(ChatStreamTool));
 	t = &s->tools[s->ntools++];
 	memset(t, 0, sizeof(*t));
-	t->index = index;
+	t->index = d->index >= 0 ? d->index : s->ntools - 1;
 	return t;
 }
 
@@ -344,8 +364,9 @@ settle_id(ChatStream *s, ChatStreamTool *t)
 {
 	int			place = (int) (t - s->tools);
 
-	/* some endpoints send no id, others the same one twice, or what is none */
-	if (t->id == NULL || strlen(t->id) > MAX_ID)
+	/* some endpoints send no id, others the same one twice */
+	t->id = t->sent_id;
+	if (t->id == NULL)
 		t->id = psprintf("call_%.8s_%d_%d", s->target.task_text,
 						 s->job.steps, place);
 	for (int i = 0; i < s->ntools; i++)
@@ -380,23 +401,44 @@ announce_tool(ChatStream *s, ChatStreamTool *t)
 						 t->arguments.data, t->arguments.len);
 }
 
+/* Replaces what was kept by what came, if anything did. */
+static void
+keep_newest(char **kept, ChatStr text)
+{
+	if (text.len == 0)
+		return;
+	if (*kept)
+		pfree(*kept);
+	*kept = copy_str(text);
+}
+
 /* Takes a piece of a tool call. */
 static void
-take_tool(ChatStream *s, const ChatToolDelta *d)
+take_tool(ChatStream *s, ChatToolDelta *d)
 {
-	ChatStreamTool *t = find_tool(s, d);
+	ChatStreamTool *t;
 
+	s->calls_size += d->arguments.len + d->extra.len + d->fn_extra.len;
+	if (s->calls_size > MAX_CALLS_SIZE)
+	{
+		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false,
+						 s->transfer->status,
+						 "the tool calls of the answer are longer than 1 MB");
+		return;
+	}
+	/* what is no id does not count */
+	if (d->id.len > MAX_ID)
+		d->id.len = 0;
+	t = find_tool(s, d);
 	if (t == NULL)
 		return;
 	note_content(s);
-	if (d->id.len > 0 && t->id == NULL)
-		t->id = copy_str(d->id);
+	if (d->id.len > 0 && t->sent_id == NULL)
+		t->sent_id = copy_str(d->id);
 	if (d->name.len > 0 && t->name == NULL)
-		t->name = copy_str(d->name);
-	if (d->extra.len > 0)
-		t->extra = copy_str(d->extra);
-	if (d->fn_extra.len > 0)
-		t->fn_extra = copy_str(d->fn_extra);
+		t->name = copy_name(d->name);
+	keep_newest(&t->extra, d->extra);
+	keep_newest(&t->fn_extra, d->fn_extra);
 	if (d->arguments.len > 0)
 	{
 		append_text(&t->arguments, d->arguments);
@@ -411,6 +453,37 @@ take_tool(ChatStream *s, const ChatToolDelta *d)
 
 static void fail_endpoint(ChatStream *s, const ChatEndpointError *error);
 
+/* Takes what an endpoint counts: in one chunk, in all, or each apart. */
+static void
+take_usage(ChatUsage *kept, const ChatUsage *told)
+{
+	if (told->prompt >= 0)
+		kept->prompt = told->prompt;
+	if (told->completion >= 0)
+		kept->completion = told->completion;
+	if (told->cached >= 0)
+		kept->cached = told->cached;
+	if (told->reasoning >= 0)
+		kept->reasoning = told->reasoning;
+}
+
+/* Takes blocks of reasoning, or pieces of them, that have to be sent back. */
+static void
+take_details(ChatStream *s, ChatStr array)
+{
+	const char *first = array.data + 1;
+
+	if (array.len <= 2 || array.data[0] != '[')
+		return;
+	while (isspace((unsigned char) *first))
+		first++;
+	if (*first == ']')
+		return;
+	if (s->details.len > 0)
+		appendStringInfoChar(&s->details, ',');
+	append_text(&s->details, (ChatStr) {array.data + 1, array.len - 2});
+}
+
 /* Takes one payload of the endpoint. */
 static void
 take_chunk(ChatStream *s, const ChatChunk *c)
@@ -424,31 +497,28 @@ take_chunk(ChatStream *s, const ChatChunk *c)
 		return;
 	}
 	if (c->model.len > 0 && s->model == NULL)
-		s->model = copy_str(c->model);
+		s->model = copy_name(c->model);
 	if (c->reasoning.len > 0)
 		take_reasoning(s, c->reasoning);
 	if (c->text.len > 0)
 		take_text(s, c->text);
 	if (c->refusal.len > 0)
 		take_refusal(s, c->refusal);
-	for (int i = 0; i < c->ntools; i++)
+	for (int i = 0; i < c->ntools && !s->ended; i++)
 		take_tool(s, &c->tools[i]);
 	if (c->function_name.len > 0 && s->function_name == NULL)
-		s->function_name = copy_str(c->function_name);
+		s->function_name = copy_name(c->function_name);
 	if (c->function_arguments.len > 0)
 	{
 		note_content(s);
 		append_text(&s->function_arguments, c->function_arguments);
 	}
-	if (c->reasoning_details.len > 0)
-		s->reasoning_details = copy_str(c->reasoning_details);
+	take_details(s, c->reasoning_details);
 	if (c->finish_reason.len > 0 && s->finish_reason == NULL)
-		s->finish_reason = copy_str(c->finish_reason);
+		s->finish_reason = copy_name(c->finish_reason);
+	s->has_usage |= c->has_usage;
 	if (c->has_usage)
-	{
-		s->has_usage = true;
-		s->usage = c->usage;
-	}
+		take_usage(&s->usage, &c->usage);
 	s->said_done |= c->done;
 }
 
@@ -520,10 +590,14 @@ sniff(ChatStream *s)
 
 	for (size_t i = 0; i < t->len && !s->sniffed; i++)
 	{
-		if (strchr(" \t\r\n", t->buf[i]) != NULL && t->buf[i] != '\0')
+		char		c = t->buf[i];
+
+		/* white space, and a byte order mark */
+		if (c != '\0' && strchr(" \t\r\n\xEF\xBB\xBF", c) != NULL)
 			continue;
 		s->sniffed = true;
-		s->plain = !t->event_stream && strchr("{[<", t->buf[i]) != NULL;
+		/* a stream has lines of its own; some send an object as one */
+		s->plain = c == '{' || (!t->event_stream && (c == '[' || c == '<'));
 	}
 	return !s->sniffed;
 }
@@ -592,6 +666,7 @@ static char *
 tool_calls_json(ChatStream *s)
 {
 	StringInfoData json;
+	size_t		need;
 	int			n = 0;
 
 	if (s->ntools == 0)
@@ -622,6 +697,11 @@ tool_calls_json(ChatStream *s)
 		appendStringInfoChar(&json, '}');
 	}
 	appendStringInfoChar(&json, ']');
+	/* each is checked as it comes, but all together are stored and sent */
+	if (chat_json_check(json.data, json.len, &need) == CHAT_JSON_TOO_DEEP)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the numbers in the endpoint's tool calls are too long")));
 	return n > 0 ? json.data : NULL;
 }
 
@@ -644,6 +724,33 @@ function_call_json(ChatStream *s)
 	return json.data;
 }
 
+/* Appends the blocks of reasoning that have to be sent back. */
+static void
+append_details(ChatStream *s, StringInfo json)
+{
+	ChatStr		array;
+	MemoryContext brief;
+	MemoryContext old;
+	StringInfoData joined;
+
+	if (s->details.len == 0)
+		return;
+	brief = AllocSetContextCreate(s->context, "chat reasoning",
+								  ALLOCSET_DEFAULT_SIZES);
+	old = MemoryContextSwitchTo(brief);
+	array.data = psprintf("[%s]", s->details.data);
+	array.len = s->details.len + 2;
+	initStringInfo(&joined);
+	/* a whole body has its blocks whole */
+	if (s->plain)
+		appendStringInfoString(&joined, array.data);
+	else
+		chat_openai.join_reasoning(&joined, array);
+	MemoryContextSwitchTo(old);
+	appendStringInfo(json, ",\"reasoning_details\":%s", joined.data);
+	MemoryContextDelete(brief);
+}
+
 /* Builds the message's metadata. */
 static char *
 metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
@@ -661,11 +768,11 @@ metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
 						 s->window.plain);
 	if (s->reasoning.len > 0)
 		chat_append_member(&json, "reasoning", s->reasoning.data);
-	if (s->reasoning_details)
-		appendStringInfo(&json, ",\"reasoning_details\":%s",
-						 s->reasoning_details);
+	/* an endpoint takes back a whole one only */
 	if (interrupted)
 		appendStringInfoString(&json, ",\"interrupted\":true");
+	else
+		append_details(s, &json);
 	appendStringInfoChar(&json, '}');
 	return json.data;
 }
@@ -868,11 +975,11 @@ give_up(ChatStream *s)
 	give_up_text(&s->text);
 	give_up_text(&s->reasoning);
 	give_up_text(&s->refusal);
+	give_up_text(&s->details);
 	give_up_text(&s->function_arguments);
 	for (int i = 0; i < s->ntools; i++)
 		give_up_text(&s->tools[i].arguments);
 	s->ntools = 0;
-	s->reasoning_details = NULL;
 	end->has_message = false;
 	end->content = end->refusal = end->tool_calls = end->function_call = NULL;
 	end->metadata = "{}";

@@ -26,8 +26,9 @@
 typedef struct ChatStreamTool
 {
 	int			index;			/* the endpoint's, or by position */
-	char	   *id;				/* NULL until known */
-	char	   *name;
+	char	   *sent_id;		/* the endpoint's, NULL until known */
+	char	   *id;				/* no other call's, once it is announced */
+	char	   *name;			/* NULL until known */
 	StringInfoData arguments;
 	char	   *extra;			/* raw members to send back, or NULL */
 	char	   *fn_extra;
@@ -80,9 +81,10 @@ typedef struct ChatStream
 	StringInfoData refusal;
 	StringInfoData function_arguments;
 	char	   *function_name;
-	char	   *reasoning_details;
+	StringInfoData details;		/* elements of reasoning_details */
 	ChatStreamTool *tools;
 	int			ntools;
+	size_t		calls_size;		/* bytes of them so far */
 	char	   *model;
 	char	   *finish_reason;	/* the endpoint's word */
 	bool		has_usage;

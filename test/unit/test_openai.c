@@ -164,6 +164,15 @@ test_chunks(void)
 	CHUNK("names with escapes", "{\"ch\\u006fices\":[{\"delta\":{\"con\\u0074ent\""
 		  " : \"a\",\"x\\\"content\":\"b\",\"\\\\\":\"c\",\"\":\"d\"}}]}",
 		  "text=<a>");
+	CHUNK("Perplexity's message beside the delta", "{\"choices\":[{\"message\":"
+		  "{\"content\":\"ab\",\"tool_calls\":[{}]},\"finish_reason\":\"stop\","
+		  "\"delta\":{\"content\":\"b\"}}]}", "text=<b> finish=<stop>");
+	CHUNK("... behind it", "{\"choices\":[{\"delta\":{\"content\":\"b\"},"
+		  "\"message\":{\"content\":\"ab\",\"refusal\":\"r\"}}]}", "text=<b>");
+	CHUNK("a message alone", "{\"choices\":[{\"message\":{\"content\":\"a\"}}]}",
+		  "text=<a>");
+	CHUNK("a mark before it", "\xEF\xBB\xBF{\"choices\":[{\"delta\":{\"content\":"
+		  "\"a\"}}]}", "text=<a>");
 	CHUNK("llama.cpp's timings", "{\"choices\":[{\"finish_reason\":null,"
 		  "\"index\":0,\"delta\":{\"content\":\"\\u001b\"}}],\"timings\":"
 		  "{\"predicted_ms\":1.5}}", "text=<\x1b>");
@@ -230,6 +239,11 @@ test_bodies(void)
 		 "text=<hi> finish=<tool_calls> id=<r> tool=0 id=<a> name=<f> "
 		 "args=<{}> tool=1 id=<b> prompt=1 completion=2 cached=-1 "
 		 "reasoning=-1");
+	BODY("delta beside the message", "{\"choices\":[{\"delta\":{\"content\":\"b\"},"
+		 "\"message\":{\"content\":\"ab\"}}]}", "text=<ab>");
+	BODY("calls are what they are beside each other", "{\"choices\":[{\"message\":"
+		 "{\"tool_calls\":[{\"index\":0,\"id\":\"a\"},{\"index\":0,\"id\":\"b\"},"
+		 "{\"id\":\"c\"}]}}]}", "tool=0 id=<a> tool=1 id=<b> tool=2 id=<c>");
 	BODY("body without choices", "{\"ok\":true}", NULL);
 	BODY("body with an error", "{\"error\":\"model not found\"}",
 		 "error=<model not found> status=0");
@@ -270,6 +284,58 @@ test_bad_input(void)
 	appendStringInfoString(&many, ",{}]}}]}");
 	ok(!parse_chunk(many.data, many.len, &chunk), "too many tool calls");
 	arena_reset();
+}
+
+/* Checks what is made of pieces of reasoning. */
+static void
+joined(const char *name, const char *pieces, const char *want)
+{
+	StringInfoData out;
+	char	   *copy = exact_copy(pieces, strlen(pieces));
+
+	initStringInfo(&out);
+	chat_openai.join_reasoning(&out, (ChatStr) {copy, strlen(pieces)});
+	is_text(out.data, (size_t) out.len, want, name);
+	free(copy);
+	arena_reset();
+}
+
+#define TEXT "\"type\":\"reasoning.text\""
+#define SUMMARY "\"type\":\"reasoning.summary\""
+
+static void
+test_reasoning(void)
+{
+	joined("Anthropic's pieces, the signature last",
+		   "[{" TEXT ",\"text\":\"Let\",\"index\":0},{" TEXT ",\"text\":"
+		   "\" m\\\"e\",\"index\":0} ,{" TEXT ",\"signature\":\"S\",\"index\":0}]",
+		   "[{" TEXT ",\"text\":\"Let m\\\"e\",\"index\":0,\"signature\":\"S\"}]");
+	joined("a signature ends a block, whatever its number",
+		   "[{" TEXT ",\"text\":\"a\",\"signature\":\"S\"},{" TEXT ",\"text\":\"b\"}]",
+		   "[{" TEXT ",\"text\":\"a\",\"signature\":\"S\"},{" TEXT ",\"text\":\"b\"}]");
+	joined("a signature in each piece",
+		   "[{" TEXT ",\"text\":\"a\",\"signature\":\"S\"},{" TEXT ",\"text\":\"b\","
+		   "\"signature\":\"S\"}]",
+		   "[{" TEXT ",\"text\":\"ab\",\"signature\":\"S\"}]");
+	joined("numbers tell blocks apart",
+		   "[{" TEXT ",\"text\":\"a\",\"index\":0},{" TEXT ",\"text\":\"b\",\"index\":1},"
+		   "{" TEXT ",\"text\":\"c\",\"index\":1}]",
+		   "[{" TEXT ",\"text\":\"a\",\"index\":0},{" TEXT ",\"text\":\"bc\",\"index\":1}]");
+	joined("so do ids, and kinds",
+		   "[{" SUMMARY ",\"summary\":\"a\",\"id\":\"x\"},{" SUMMARY ",\"summary\":\"b\","
+		   "\"id\":null},{" SUMMARY ",\"summary\":\"c\",\"id\":\"y\"},{" TEXT ",\"text\":\"d\"}]",
+		   "[{" SUMMARY ",\"summary\":\"ab\",\"id\":\"x\"},{" SUMMARY ",\"summary\":\"c\","
+		   "\"id\":\"y\"},{" TEXT ",\"text\":\"d\"}]");
+	joined("what is encrypted stays as it is",
+		   "[{\"type\":\"reasoning.encrypted\",\"data\":\"a\"},{\"type\":"
+		   "\"reasoning.encrypted\",\"data\":\"b\"}]",
+		   "[{\"type\":\"reasoning.encrypted\",\"data\":\"a\"},{\"type\":"
+		   "\"reasoning.encrypted\",\"data\":\"b\"}]");
+	joined("so does what nobody knows",
+		   "[7,{},[\"[\"],{" TEXT ",\"text\":null},{" TEXT ",\"text\":\"a\",\"x\":[1]},null]",
+		   "[7,{},[\"[\"],{" TEXT ",\"text\":\"a\",\"x\":[1]},null]");
+	joined("nothing", "[]", "[]");
+	joined("no array", "{\"a\":1}", "[]");
 }
 
 /* A hostile body costs memory in proportion to its size. */
@@ -353,6 +419,16 @@ test_statuses(void)
 		  "not valid. Please pass a valid API key.\",\"status\":"
 		  "\"INVALID_ARGUMENT\"}}]", CHAT_ERROR_AUTHENTICATION_FAILED, false,
 		  "API key not valid. Please pass a valid API key.");
+	error("Mistral's fields", 422, "{\"object\":\"error\",\"message\":{\"detail\":"
+		  "[{\"type\":\"missing\",\"loc\":[\"x\"],\"msg\":\"Field required\"}]}}",
+		  CHAT_ERROR_ENDPOINT_ERROR, false, "Field required");
+	error("Cloudflare's list", 400, "{\"success\":false,\"errors\":[{\"code\":7,"
+		  "\"message\":\"no route\"}]}", CHAT_ERROR_ENDPOINT_ERROR, false,
+		  "no route");
+	error("DeepInfra's detail", 404, "{\"detail\":{\"error\":\"no model\"}}",
+		  CHAT_ERROR_ENDPOINT_ERROR, false, "no model");
+	error("xAI's words", 400, "{\"code\":\"Client error\",\"error\":\"bad\"}",
+		  CHAT_ERROR_ENDPOINT_ERROR, false, "bad");
 	error("OpenRouter's provider", 502, "{\"error\":{\"message\":\"Provider "
 		  "returned error\",\"code\":502,\"metadata\":{\"raw\":\"boom\","
 		  "\"provider_name\":\"x\"}}}", CHAT_ERROR_ENDPOINT_ERROR, true,
@@ -751,6 +827,7 @@ main(int argc, char **argv)
 	test_deltas();
 	test_bodies();
 	test_bad_input();
+	test_reasoning();
 	test_growth();
 	test_statuses();
 	test_words();

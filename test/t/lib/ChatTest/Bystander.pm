@@ -9,7 +9,7 @@
 #	one_end($node, $task, 'what');	assertion: exactly one terminal event, last
 #	messages($node, $task);			roles of a task's messages, in order
 #
-# Options of new(): db (the database), gate (its name), n (how many).
+# Options of new(): db (the database), gate (its name), n (how many), server.
 
 package ChatTest::Bystander;
 
@@ -54,7 +54,8 @@ sub new
 		split /\n/,
 		$node->safe_psql($self->{db},
 			    'SELECT chat.stream_chat_completion('
-			  . '(chat.create_chat_session()).id, '
+			  . '(chat.create_chat_session(server => '
+			  . literal($opt{server}) . ')).id, '
 			  . literal($message)
 			  . ") FROM generate_series(1, $self->{n})")
 	];
