@@ -134,6 +134,13 @@ chat_db_same_version(void)
 	return false;
 }
 
+/* Returns the caller's setting chat.user_id, "" if it is unset. */
+const char *
+chat_db_user(void)
+{
+	return user_id_setting ? user_id_setting : "";
+}
+
 /*
  * Opens SPI and works as the extension's owner with a pinned search_path.
  * An error on the way is undone by the abort of the (sub)transaction.
@@ -149,7 +156,7 @@ chat_db_enter(ChatScope *scope)
 				 errmsg("extension \"chat\" is not installed in this database"),
 				 errhint("Run CREATE EXTENSION chat.")));
 	scope->caller = GetUserId();
-	scope->user = user_id_setting ? user_id_setting : "";
+	scope->user = chat_db_user();
 	GetUserIdAndSecContext(&scope->saved_user, &scope->saved_context);
 	SPI_connect();
 	SetUserIdAndSecContext(owner, scope->saved_context |

@@ -84,7 +84,7 @@ typedef struct ChatScope
 /*
  * The ownership condition on chat.chat_session AS s: $1 is the session's id,
  * $2 the caller's role, $3 chat.user_id ("" = any).  The same rule as the
- * row-level security policy.
+ * row-level security policy and access.c.
  */
 #define CHAT_VISIBLE \
 	" s.id = $1 AND pg_catalog.pg_has_role($2, s.owner, 'USAGE')" \
@@ -123,6 +123,7 @@ extern void chat_db_init(void);
 extern void chat_db_enter(ChatScope *scope);
 extern void chat_db_leave(ChatScope *scope);
 extern void chat_db_caller(const ChatScope *scope, Datum *values);
+extern const char *chat_db_user(void);
 extern uint64 chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls);
 extern void chat_db_begin(const char *activity);
 extern void chat_db_commit(bool durable);

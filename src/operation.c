@@ -87,8 +87,10 @@ CHAT_STMT(keep_late,
 
 /* $1 operation, $2 progress */
 CHAT_STMT(add_progress,
-		  "INSERT INTO chat.chat_tool_progress (operation_id, progress)"
-		  " SELECT c.operation_id, $2 FROM chat.chat_tool_call AS c"
+		  "INSERT INTO chat.chat_tool_progress (operation_id, session_id,"
+		  " message_id, position, progress)"
+		  " SELECT c.operation_id, c.session_id, c.message_id, c.position, $2"
+		  " FROM chat.chat_tool_call AS c"
 		  " WHERE c.operation_id = $1 AND c.ended_at IS NULL",
 		  UUIDOID, JSONBOID);
 
