@@ -193,7 +193,7 @@ require_message(Datum *values)
 static void
 supersede(Datum *values)
 {
-	if (chat_db_exec(&find_busy, values, NULL) > 0)
+	if (chat_db_exec_now(&find_busy, values, NULL) > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("session is busy"),

@@ -208,8 +208,8 @@ chat_db_array(const ChatArrayKind *kind, Datum *values, int n)
 }
 
 /* Runs a statement, preparing it the first time; returns the row count. */
-uint64
-chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls)
+static uint64
+execute(ChatStmt *stmt, Datum *values, const char *nulls, Snapshot snapshot)
 {
 	int			rc;
 
@@ -225,11 +225,31 @@ chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls)
 				 SPI_result_code_string(SPI_result), stmt->sql);
 		stmt->plan = plan;
 	}
-	rc = SPI_execute_plan(stmt->plan, values, nulls, false, 0);
+	rc = SPI_execute_snapshot(stmt->plan, values, nulls, snapshot,
+							  InvalidSnapshot, false, true, 0);
 	if (rc < 0)
 		elog(ERROR, "could not execute statement: %s: %s",
 			 SPI_result_code_string(rc), stmt->sql);
 	return SPI_processed;
+}
+
+/* Runs a statement in the transaction's snapshot. */
+uint64
+chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls)
+{
+	return execute(stmt, values, nulls, InvalidSnapshot);
+}
+
+/*
+ * Runs a statement that must see what others have committed by now, also
+ * where the transaction has one snapshot for all of its statements: as the
+ * checks of foreign keys do.
+ */
+uint64
+chat_db_exec_now(ChatStmt *stmt, Datum *values, const char *nulls)
+{
+	return execute(stmt, values, nulls, IsolationUsesXactSnapshot() ?
+				   GetLatestSnapshot() : InvalidSnapshot);
 }
 
 /*

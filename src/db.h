@@ -125,6 +125,8 @@ extern void chat_db_leave(ChatScope *scope);
 extern void chat_db_caller(const ChatScope *scope, Datum *values);
 extern const char *chat_db_user(void);
 extern uint64 chat_db_exec(ChatStmt *stmt, Datum *values, const char *nulls);
+extern uint64 chat_db_exec_now(ChatStmt *stmt, Datum *values,
+							   const char *nulls);
 extern void chat_db_begin(const char *activity);
 extern void chat_db_commit(bool durable);
 extern void chat_db_abort(void);

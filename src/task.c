@@ -328,7 +328,7 @@ find_earlier(const ChatCall *c, pg_uuid_t *task)
 	if (c->message_id == NULL)
 		return false;
 	values[1] = UUIDPGetDatum(c->message_id);
-	if (chat_db_exec(&find_task, values, NULL) == 0)
+	if (chat_db_exec_now(&find_task, values, NULL) == 0)
 		return false;
 	if (chat_db_isnull(0, 1))
 		ereport(ERROR,
@@ -384,10 +384,10 @@ make_room(const ChatCall *c)
 	if (strcmp(c->on_busy, "reject") != 0)
 	{
 		values[1] = CStringGetTextDatum(c->on_busy);
-		chat_db_exec(&supersede_tasks, values, NULL);
+		chat_db_exec_now(&supersede_tasks, values, NULL);
 		chat_db_exec(&forget_summary, values, NULL);
 	}
-	else if (chat_db_exec(&find_busy, values, NULL) > 0)
+	else if (chat_db_exec_now(&find_busy, values, NULL) > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_IN_USE),
 				 errmsg("session is busy"),
@@ -424,7 +424,7 @@ plan_turn(NewTurn *t)
 	nulls[2] = c->message ? ' ' : 'n';
 	values[3] = PointerGetDatum(c->context);
 	nulls[3] = c->context ? ' ' : 'n';
-	chat_db_exec(&plan_task, values, nulls);
+	chat_db_exec_now(&plan_task, values, nulls);
 	t->task = chat_db_uuid(0, 1);
 	t->answer = chat_db_uuid(0, 2);
 	t->place = chat_db_int64(0, 3, 0);
@@ -495,8 +495,9 @@ add_job(const NewTurn *t)
 }
 
 /*
- * Queues a turn, unless its message id has started one; returns its task.  The
- * session that the rows refer to is locked.
+ * Queues a turn, unless its message id has started one; returns its task.  Who
+ * queues locks the session, to which the rows refer, but does not write to it,
+ * so only the latest snapshot tells what was queued before.
  */
 pg_uuid_t
 chat_task_queue(const ChatScope *scope, const ChatCall *c)
@@ -609,7 +610,7 @@ chat_rerun_job(PG_FUNCTION_ARGS)
 	if (chat_db_exec(&lock_task_session, values, NULL) == 0)
 		refuse_rerun(PG_GETARG_DATUM(0));
 	values[0] = PG_GETARG_DATUM(0);
-	if (chat_db_exec(&find_poisoned, values, NULL) == 0)
+	if (chat_db_exec_now(&find_poisoned, values, NULL) == 0)
 		refuse_rerun(PG_GETARG_DATUM(0));
 	if (!chat_db_bool(0, 4))
 		ereport(ERROR,
