@@ -60,6 +60,9 @@ SELECT state, message FROM raised('SELECT * FROM chat.chat_session');
 SELECT state, message FROM raised('SELECT chat.grant_usage(''regress_chat_nobody'')');
 RESET ROLE;
 
+SELECT r.* FROM unnest(ARRAY['grant_usage', 'revoke_usage', 'grant_callback']) AS f,
+	unnest(ARRAY['NULL', '0::oid::regrole', '4000000000::oid::regrole']) AS a,
+	LATERAL raised(format('SELECT chat.%s(%s)', f, a)) AS r;
 -- what grant_usage() grants
 SELECT chat.grant_usage(r::regrole) FROM unnest(ARRAY['regress_chat_ann',
 	'regress_chat_team', 'regress_chat_mallory', 'regress_chat_member']) AS r;

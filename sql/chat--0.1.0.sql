@@ -1463,7 +1463,7 @@ DECLARE
 	n bigint;
 BEGIN
 	IF NOT EXISTS (SELECT FROM pg_roles WHERE oid = new_owner) THEN
-		RAISE EXCEPTION 'role with OID % does not exist', new_owner::oid
+		RAISE EXCEPTION 'role with OID % does not exist', COALESCE(new_owner::oid, 0)
 			USING ERRCODE = 'undefined_object';
 	END IF;
 	UPDATE chat.chat_session SET owner = new_owner WHERE owner = old_owner;
@@ -1538,6 +1538,10 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
 	what text;
 BEGIN
+	IF role IS NULL OR NOT EXISTS (SELECT FROM pg_roles WHERE oid = role) THEN
+		RAISE EXCEPTION 'role with OID % does not exist', COALESCE(role::oid, 0)
+			USING ERRCODE = 'undefined_object';
+	END IF;
 	FOR what IN SELECT * FROM chat.usage_objects() LOOP
 		EXECUTE format('GRANT %s TO %s', what, role);
 	END LOOP;
@@ -1550,6 +1554,10 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
 	what text;
 BEGIN
+	IF role IS NULL OR NOT EXISTS (SELECT FROM pg_roles WHERE oid = role) THEN
+		RAISE EXCEPTION 'role with OID % does not exist', COALESCE(role::oid, 0)
+			USING ERRCODE = 'undefined_object';
+	END IF;
 	FOR what IN SELECT * FROM chat.usage_objects() LOOP
 		EXECUTE format('REVOKE %s FROM %s', what, role);
 	END LOOP;
@@ -1560,6 +1568,10 @@ COMMENT ON FUNCTION chat.revoke_usage(regrole) IS 'takes back what grant_usage()
 CREATE FUNCTION chat.grant_callback(role regrole) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+	IF role IS NULL OR NOT EXISTS (SELECT FROM pg_roles WHERE oid = role) THEN
+		RAISE EXCEPTION 'role with OID % does not exist', COALESCE(role::oid, 0)
+			USING ERRCODE = 'undefined_object';
+	END IF;
 	EXECUTE format('GRANT USAGE ON SCHEMA chat TO %s', role);
 	EXECUTE format('GRANT EXECUTE ON FUNCTION chat.complete_operation, chat.operation_progress TO %s',
 		role);

@@ -164,6 +164,10 @@ SELECT o.option, t.* FROM (VALUES
 	($$max_concurrency '0'$$), ($$max_requests_per_minute '0'$$),
 	($$retries '-1'$$), ($$retries '101'$$)) AS o(option),
 	chat_try_server(o.option) AS t;
+SELECT state, message, right(more, 60) AS more FROM chat_try_server(format('extra_body %L',
+	repeat('{"a":', 65) || '1' || repeat('}', 65)));
+SELECT state FROM chat_try_server(format('extra_body %L',
+	repeat('{"a":', 64) || '1' || repeat('}', 64)));
 -- what is no JSON is refused by the JSON parser
 SELECT state FROM chat_try_server($$extra_body '{"a": '$$);
 SELECT state FROM chat_try_server($$extra_body '{"a": "\u0000"}'$$);

@@ -75,6 +75,20 @@ SELECT r.* FROM unnest(ARRAY[
 	'''assistant'', tool_calls => ''"x"''', '''assistant'', tool_calls => ''null''',
 	'''assistant'', function_call => ''[]''', '''user'', parts => ''{}''']) AS a,
 	LATERAL raised(format('SELECT chat.add_chat_message(%L, %s)', :s1, a)) AS r;
+-- nor is what a request would not take, and would go without: 64 levels do
+SELECT r.* FROM unnest(ARRAY['parts', 'tool_calls', 'function_call']) AS a,
+	LATERAL raised(format('SELECT chat.add_chat_message(%L, ''assistant'', %s => %L)', :s1, a,
+		CASE a WHEN 'parts' THEN repeat('[', 65) || repeat(']', 65)
+			WHEN 'tool_calls' THEN '[' || repeat('{"a":', 64) || '1' || repeat('}', 64) || ']'
+			ELSE repeat('{"a":', 65) || '1' || repeat('}', 65) END)) AS r;
+SELECT * FROM raised(format('SELECT chat.add_chat_messages_batch(%L, %L)', :s1,
+	'[{"role": "user", "content": ' || repeat('[', 65) || repeat(']', 65) || '}]'));
+BEGIN;
+SELECT id AS s4 FROM chat.create_chat_session() \gset
+SELECT sequence FROM chat.add_chat_message(:'s4', 'user',
+	parts => (repeat('[', 64) || repeat(']', 64))::jsonb);
+SELECT length(chat.to_openai_messages(:'s4') -> 0 ->> 'content') AS brackets;
+ROLLBACK;
 SELECT * FROM raised(format('SELECT chat.add_chat_message(%L, ''user'', ''x'')', :none));
 SELECT * FROM raised(format('SELECT chat.add_chat_message(%L, ''user'', ''x'',
 	message_id => %L)', :none, :none));

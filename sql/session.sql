@@ -37,6 +37,8 @@ FROM chat.create_chat_session() AS s;
 -- with everything
 CREATE SERVER session_llm FOREIGN DATA WRAPPER chat_llm
 	OPTIONS (base_url 'http://127.0.0.1:1/v1', model 'm');
+CREATE FOREIGN DATA WRAPPER session_other;
+CREATE SERVER session_other FOREIGN DATA WRAPPER session_other;
 CREATE ROLE regress_chat_team NOLOGIN;
 SELECT id, user_id, owner, title, metadata, channel, server, settings
 FROM chat.create_chat_session(session_id => :s1, user_id => 'ann',
@@ -50,6 +52,7 @@ FROM chat.create_chat_session(user_id => '', title => '', channel => '');
 -- an id that exists, a server that does not, an owner that does not
 SELECT * FROM raised(format('SELECT chat.create_chat_session(session_id => %L)', :s1));
 SELECT * FROM raised('SELECT chat.create_chat_session(server => ''nowhere'')');
+SELECT * FROM raised('SELECT chat.create_chat_session(server => ''session_other'')');
 SELECT * FROM raised('SELECT chat.create_chat_session(owner => 4000000000::oid)');
 SELECT * FROM raised('SELECT chat.create_chat_session(metadata => ''[]'')');
 
@@ -67,6 +70,8 @@ SELECT r.* FROM unnest(ARRAY[
 	'{"connect_timeout": 3000000}', '{"prompt": {}}', '{"thinking": "on"}',
 	'{"extra_body": []}']) AS s,
 	LATERAL raised(format('SELECT chat.create_chat_session(settings => %L)', s)) AS r;
+SELECT * FROM raised(format('SELECT chat.create_chat_session(settings => %L)',
+	'{"extra_body": ' || repeat('{"a":', 65) || '1' || repeat('}', 65) || '}'));
 SELECT settings FROM chat.create_chat_session(settings => '{
 	"model": "m", "title_model": "t", "temperature": 2, "top_p": 0,
 	"max_tokens": 1, "tools": [], "tool_choice": {"type": "none"},
@@ -118,6 +123,11 @@ SELECT state, message FROM raised(format(
 	'SELECT chat.update_chat_session(%L, settings => ''{"x": 1}'')', :s1));
 SELECT state, message FROM raised(format(
 	'SELECT chat.update_chat_session(%L, metadata => ''1'')', :s1));
+-- numbers that are long when they are written out, as in a dump
+SELECT r.* FROM unnest(ARRAY['credentials', 'successful_agent_runs',
+	'successful_agent_schedules', 'metadata']) AS a, LATERAL raised(format(
+	'SELECT chat.update_chat_session(%L, %s => %L)', :s1, a,
+	'{"a": [' || repeat('1e131071, ', 8) || '0]}')) AS r;
 
 -- title: the stored one again writes nothing
 SELECT chat.update_session_title(session_id => :s1, title => 'Third') AS found;
@@ -229,6 +239,7 @@ SELECT count(*) AS events FROM chat.chat_event;
 COMMIT;
 
 DELETE FROM chat.chat_session;
-DROP SERVER session_llm;
+DROP SERVER session_llm, session_other;
+DROP FOREIGN DATA WRAPPER session_other;
 DROP ROLE regress_chat_team;
 DROP FUNCTION raised, version(uuid);

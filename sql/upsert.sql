@@ -181,9 +181,9 @@ SELECT d ->> 'server' AS server FROM chat.get_chat_session(:s1) AS d;
 
 -- what is refused
 SELECT r.* FROM unnest(ARRAY[
-	'[]', '1', '{"id": "x"}', '{"owner": "x"}', '{"session_id": 1}', '{"session_id": "x"}',
+	'[]', '1', '{"id": "x"}', '{"owner": "x"}', '{"format": "chat/1"}', '{"session_id": 1}', '{"session_id": "x"}',
 	'{"user_id": 1}', '{"title": []}', '{"settings": []}', '{"settings": {"x": 1}}',
-	'{"metadata": 1}', '{"server": ""}', '{"channel": ""}',
+	'{"metadata": 1}', '{"summary": "x", "summary_sequence": 1}', '{"server": ""}', '{"channel": ""}',
 	'{"channel": "aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeeeffffffffffgggg"}',
 	'{"total_prompt_tokens": -1}', '{"total_completion_tokens": 0.5}',
 	'{"total_prompt_tokens": 9223372036854775808}',

@@ -283,6 +283,31 @@ chat_field_check_numbers(JsonbContainer *json, const char *name,
 	}
 }
 
+/* Raises an error if a value is nested too far, see field.h. */
+void
+chat_field_check_depth(JsonbContainer *json, const char *name,
+					   const char *prefix)
+{
+	JsonbIterator *it = JsonbIteratorInit(json);
+	JsonbIteratorToken token;
+	JsonbValue	v;
+	int			depth = 0;
+
+	while ((token = JsonbIteratorNext(&it, &v, false)) != WJB_DONE)
+	{
+		if (token == WJB_BEGIN_ARRAY || token == WJB_BEGIN_OBJECT)
+			depth++;
+		else if (token == WJB_END_ARRAY || token == WJB_END_OBJECT)
+			depth--;
+		if (depth > CHAT_JSON_MAX_DEPTH)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%s\"%s\" is nested too deeply", prefix, name),
+					 errdetail("Its arrays and objects may have %d levels.",
+							   CHAT_JSON_MAX_DEPTH)));
+	}
+}
+
 /* Reads one member; two names of one column exclude each other. */
 static void
 read_member(const ChatField *field, const JsonbValue *value,

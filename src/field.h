@@ -75,6 +75,13 @@ extern void chat_field_read(const ChatFieldTable *table,
 extern void chat_field_check_numbers(JsonbContainer *json, const char *name,
 									 const char *prefix);
 
+/*
+ * Raises an error if a value is nested deeper than what goes into a request
+ * may be: it would be left out of it.
+ */
+extern void chat_field_check_depth(JsonbContainer *json, const char *name,
+								   const char *prefix);
+
 /* Checks a value that was not a member of an object. */
 extern void chat_field_check(const ChatField *field, Jsonb *json);
 

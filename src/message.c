@@ -161,6 +161,9 @@ chat_is_message_role(PG_FUNCTION_ARGS)
 static void
 check(const ChatEntry *entry, const char *where)
 {
+	/* JSON that goes into requests */
+	static const ChatEntryColumn sent[] =
+	{CHAT_ENTRY_PARTS, CHAT_ENTRY_TOOL_CALLS, CHAT_ENTRY_FUNCTION_CALL};
 	Datum		role = entry->values[CHAT_ENTRY_ROLE];
 
 	if (entry->nulls[CHAT_ENTRY_ROLE])
@@ -172,6 +175,10 @@ check(const ChatEntry *entry, const char *where)
 	if (strcmp(TextDatumGetCString(role), "tool") == 0 &&
 		entry->nulls[CHAT_ENTRY_TOOL_CALL_ID])
 		reject(where, "a tool message needs \"tool_call_id\"", NULL);
+	for (size_t i = 0; i < lengthof(sent); i++)
+		if (!entry->nulls[sent[i]])
+			chat_field_check_depth(&DatumGetJsonbP(entry->values[sent[i]])->root,
+								   columns[sent[i]].name, where);
 }
 
 /* Checks the JSON columns of an entry whose columns came as arguments. */

@@ -21,6 +21,7 @@
 #include "utils/guc.h"
 #include "utils/jsonb.h"
 
+#include "json.h"
 #include "option.h"
 
 /*
@@ -249,7 +250,13 @@ parse_object(const ChatOption *option, const char *value)
 {
 	ErrorContextCallback context;
 	Jsonb	   *object;
+	size_t		need;
 
+	/* what a request could not hold would be left out of it */
+	if (chat_json_check(value, strlen(value), &need) == CHAT_JSON_TOO_DEEP)
+		refuse(option, value,
+			   psprintf("JSON with at most %d levels, and without long numbers",
+						CHAT_JSON_MAX_DEPTH));
 	context.callback = json_context;
 	context.arg = (void *) option;
 	context.previous = error_context_stack;

@@ -13,7 +13,6 @@
 
 #include "access/htup_details.h"
 #include "common/int.h"
-#include "foreign/foreign.h"
 #include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
@@ -27,6 +26,7 @@
 #include "db.h"
 #include "field.h"
 #include "message.h"
+#include "server.h"
 #include "session.h"
 #include "shmem.h"
 #include "usage.h"
@@ -307,12 +307,17 @@ static const ChatField document_fields[] =
 	CHAT_FIELD("created_at", CHAT_FIELD_TIME, DOC_CREATED_AT),
 	CHAT_FIELD("updated_at", CHAT_FIELD_TIME, CHAT_FIELD_NO_COLUMN),
 	CHAT_FIELD("queued", CHAT_FIELD_ARRAY, CHAT_FIELD_NO_COLUMN),
+	/* of exported documents alone */
 	CHAT_FIELD("format", CHAT_FIELD_TEXT, DOC_FORMAT),
 	CHAT_FIELD("summary", CHAT_FIELD_TEXT, DOC_SUMMARY),
 	CHAT_FIELD_RANGE("summary_sequence", CHAT_FIELD_INTEGER,
 					 DOC_SUMMARY_SEQUENCE, 1, CHAT_FIELD_MAX),
 };
+#define EXPORT_FIELDS 3
+
 static const ChatFieldTable document_table =
+{"key", document_fields, lengthof(document_fields) - EXPORT_FIELDS, false, true};
+static const ChatFieldTable export_table =
 {"key", document_fields, lengthof(document_fields), false, true};
 
 /* One entry of a document's usage; endpoints add members of their own. */
@@ -359,22 +364,15 @@ chat_session_missing(const pg_uuid_t *id)
 void
 chat_session_check_settings(Jsonb *settings)
 {
+	JsonbValue	v;
+
 	if (!JB_ROOT_IS_OBJECT(settings))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("settings must be a JSON object")));
 	chat_field_read(&setting_table, &settings->root, "", NULL, NULL);
-}
-
-/* Raises an error unless a foreign server has the name. */
-static void
-check_server(const char *name)
-{
-	if (!OidIsValid(get_foreign_server_oid(name, true)))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("server \"%s\" does not exist", name),
-				 errhint("Create it with CREATE SERVER ... FOREIGN DATA WRAPPER chat_llm.")));
+	if (getKeyJsonValueFromContainer(&settings->root, "extra_body", 10, &v))
+		chat_field_check_depth(v.val.binary.data, "extra_body", "");
 }
 
 /* Raises an error unless the caller may create sessions of the role. */
@@ -511,7 +509,8 @@ insert_document(const ChatScope *scope, Document *doc)
 	if (doc->nulls[DOC_USER_ID] && scope->user[0] != '\0')
 		set_column(doc, DOC_USER_ID, CStringGetTextDatum(scope->user));
 	if (!doc->nulls[DOC_SERVER])
-		check_server(NameStr(*DatumGetName(doc->values[DOC_SERVER])));
+		(void) chat_server_load(NameStr(*DatumGetName(doc->values[DOC_SERVER])),
+								false);
 	if (doc->nulls[DOC_OWNER])
 		set_column(doc, DOC_OWNER, ObjectIdGetDatum(scope->caller));
 	if (doc->nulls[DOC_APPENDED])
@@ -570,6 +569,13 @@ chat_session_create(PG_FUNCTION_ARGS)
 Datum
 chat_session_update(PG_FUNCTION_ARGS)
 {
+	static const ChatField anything[] =
+	{
+		CHAT_FIELD("credentials", CHAT_FIELD_ANY, DOC_CREDENTIALS),
+		CHAT_FIELD("successful_agent_runs", CHAT_FIELD_ANY, DOC_RUNS),
+		CHAT_FIELD("successful_agent_schedules", CHAT_FIELD_ANY,
+				   DOC_SCHEDULES),
+	};
 	ChatScope	scope;
 	Datum		values[11];
 	char		nulls[11] = "   ";
@@ -580,6 +586,9 @@ chat_session_update(PG_FUNCTION_ARGS)
 		chat_session_check_settings(PG_GETARG_JSONB_P(7));
 	if (!PG_ARGISNULL(8))
 		chat_field_check(&metadata_field, PG_GETARG_JSONB_P(8));
+	for (int i = 0; i < (int) lengthof(anything); i++)
+		if (!PG_ARGISNULL(i + 1))
+			chat_field_check(&anything[i], PG_GETARG_JSONB_P(i + 1));
 	if (!PG_ARGISNULL(4))
 		check_total("total_prompt_tokens", PG_GETARG_INT64(4), 0);
 	if (!PG_ARGISNULL(5))
@@ -906,11 +915,11 @@ sum_usage(Document *doc)
 
 /* Reads a document and its messages. */
 static void
-read_document(Jsonb *json, Document *doc, ChatEntries *entries)
+read_document(const ChatFieldTable *table, Jsonb *json, Document *doc,
+			  ChatEntries *entries)
 {
 	memset(doc->nulls, true, sizeof(doc->nulls));
-	chat_field_read(&document_table, &json->root, "", doc->values,
-					doc->nulls);
+	chat_field_read(table, &json->root, "", doc->values, doc->nulls);
 	if (!doc->nulls[DOC_SETTINGS])
 		chat_session_check_settings(DatumGetJsonbP(doc->values[DOC_SETTINGS]));
 	if (!doc->nulls[DOC_FORMAT] &&
@@ -947,7 +956,7 @@ merge(const ChatScope *scope, Document *doc, const ChatEntries *entries)
 		char	   *name = NameStr(*DatumGetName(doc->values[DOC_SERVER]));
 
 		if (server == NULL || strcmp(server, name) != 0)
-			check_server(name);
+			(void) chat_server_load(name, false);
 	}
 	from = chat_message_overlap(session, entries);
 	if (from < entries->n && chat_message_stored(session, entries, from))
@@ -1003,7 +1012,7 @@ chat_session_upsert(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("session must not be null")));
-	read_document(PG_GETARG_JSONB_P(0), &doc, &entries);
+	read_document(&document_table, PG_GETARG_JSONB_P(0), &doc, &entries);
 	chat_db_enter(&scope);
 	if (lock_document(&scope, &doc))
 		merge(&scope, &doc, &entries);
@@ -1070,7 +1079,7 @@ chat_session_import(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("document must not be null")));
-	read_document(PG_GETARG_JSONB_P(0), &doc, &entries);
+	read_document(&export_table, PG_GETARG_JSONB_P(0), &doc, &entries);
 	check_sequences(&entries);
 	check_summary(&doc, &entries);
 	if (!PG_ARGISNULL(1))
