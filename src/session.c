@@ -81,6 +81,12 @@ CHAT_STMT(find_session,
 		  "SELECT true FROM chat.chat_session AS s WHERE" CHAT_VISIBLE,
 		  CHAT_VISIBLE_TYPES);
 
+/* whether a session is there, but not for the caller */
+CHAT_STMT(find_hidden,
+		  "SELECT true FROM chat.chat_session AS s"
+		  " WHERE s.id = $1 AND (" CHAT_VISIBLE ") IS NOT TRUE",
+		  CHAT_VISIBLE_TYPES);
+
 CHAT_STMT(lock_session,
 		  "SELECT s.next_sequence, s.server, s.total_prompt_tokens,"
 		  " s.total_completion_tokens FROM chat.chat_session AS s"
@@ -970,9 +976,12 @@ merge(const ChatScope *scope, Document *doc, const ChatEntries *entries)
 		chat_message_append(session, entries, from, sequence);
 }
 
-/* Locks the session of a document; false when the caller sees none. */
+/*
+ * Finds the session of a document, with a statement that takes $1 to $3 of
+ * CHAT_VISIBLE; false when there is none.
+ */
 static bool
-lock_document(const ChatScope *scope, const Document *doc)
+find_document(const ChatScope *scope, const Document *doc, ChatStmt *stmt)
 {
 	Datum		values[3];
 
@@ -980,7 +989,7 @@ lock_document(const ChatScope *scope, const Document *doc)
 		return false;
 	values[0] = doc->values[DOC_ID];
 	chat_db_caller(scope, values);
-	return chat_db_exec(&lock_session, values, NULL) > 0;
+	return chat_db_exec(stmt, values, NULL) > 0;
 }
 
 /* Creates the session of a document with its messages. */
@@ -1007,6 +1016,7 @@ chat_session_upsert(PG_FUNCTION_ARGS)
 	ChatScope	scope;
 	Document	doc;
 	ChatEntries entries;
+	bool		created = false;
 
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
@@ -1014,15 +1024,15 @@ chat_session_upsert(PG_FUNCTION_ARGS)
 				 errmsg("session must not be null")));
 	read_document(&document_table, PG_GETARG_JSONB_P(0), &doc, &entries);
 	chat_db_enter(&scope);
-	if (lock_document(&scope, &doc))
-		merge(&scope, &doc, &entries);
-	else if (!create(&scope, &doc, &entries))
+	while (!created && !find_document(&scope, &doc, &lock_session))
 	{
-		/* taken: by somebody else, or a moment ago by our own kind */
-		if (!lock_document(&scope, &doc))
+		created = create(&scope, &doc, &entries);
+		/* taken by somebody else; or by our own kind, who may have left again */
+		if (!created && find_document(&scope, &doc, &find_hidden))
 			reject_id(&scope, doc.values[DOC_ID]);
-		merge(&scope, &doc, &entries);
 	}
+	if (!created)
+		merge(&scope, &doc, &entries);
 	chat_db_exec(&document_of, doc.values, NULL);
 	return leave_with_row(&scope);
 }
