@@ -4,15 +4,17 @@
 #
 #	console		psql's side of a dialogue, with the output compared
 #	sql			statements that must succeed
-#	ini			settings, with which the cluster starts
+#	ini			settings, added to those of the cluster
 #	python, js	programs; a text block behind one is its output.  Without
 #				psycopg, or node and pg, they are only parsed
-#	sh			parsed; the goals of make must exist
+#	sh			commands of an administrator, see ChatTest::Machine
 #
-# Blocks run in the order of the document in database chat, those of chapter
-# Recipes in one of their own.  <!-- answer: ... --> above a block is what the
+# Blocks run in the order of the document, on a cluster that has heard nothing
+# of chat: what its installation says is what installs it.  They run in
+# database chat, those of chapter Recipes in one of their own.
+# <!-- answer: ... --> above a block is what the
 # endpoint answers while it runs; <!-- call: NAME ARGUMENTS --> above that, which
-# tool it calls before; the address of OpenAI and the key's file are
+# tool it calls before; the address of OpenAI and the keys' files are
 # those of the bundled endpoint.  Ids, times and versions are not compared.
 #
 # README_OUT=file writes the README with the output that was seen, so that
@@ -24,6 +26,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/lib";
 use ChatTest;
+use ChatTest::Machine;
 use IPC::Run ();
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -170,21 +173,19 @@ my $text = slurp_file("$root/README.md");
 my @blocks = read_document($text);
 my $fake = start_fake('--delay', 20);
 my %variables;
-my $settings = join "\n",
-  map { @{ $_->{lines} } } grep { $_->{language} eq 'ini' } @blocks;
-my $node = chat_cluster('readme', conf => $settings, extension => 0);
-my $key_file = $node->basedir . '/key';
-append_to_file($key_file, "sk-test\n");
+my $node = chat_cluster('readme', start => 0, extension => 0);
+my $machine = ChatTest::Machine->new($node, $root);
 my $url = 'http://127.0.0.1:' . $fake->port . '/v1';
 my @places = (
 	[ 'https://api.openai.com/v1', $url ],
 	[ 'https://warehouse.example.com', $url =~ s/v1$/tools/r ],
-	[ '/etc/postgresql/openai.key', $key_file ],
-	[ '/etc/postgresql/warehouse.key', $key_file ]);
+	map { [ $_, $machine->path($_) ] }
+	  map { "/etc/postgresql/$_.key" } qw(openai warehouse));
 
-$node->safe_psql('postgres', "CREATE DATABASE $_") foreach qw(chat recipes);
-$node->safe_psql('recipes', 'CREATE EXTENSION chat');
-ok($settings, 'the server starts with the settings that the README gives');
+append_to_file($machine->path('/etc/postgresql/warehouse.key'), "sk-test\n");
+$node->start;
+is($node->safe_psql('postgres', 'SHOW shared_preload_libraries'),
+	'', 'the cluster has heard nothing of chat');
 
 # Runs a script in psql; returns all that it prints.
 sub run_psql
@@ -249,8 +250,8 @@ sub set_answer
 # Waits, in psql, until no task is left; what is printed meanwhile is shown
 # behind the next command, as it is to somebody who types slowly.
 my $wait = "DO 'BEGIN PERFORM public.readme_wait(); END';\n";
-$node->safe_psql('chat', <<'EOS');
-CREATE FUNCTION public.readme_wait() RETURNS void SECURITY DEFINER
+my $wait_function = <<'EOS';
+CREATE OR REPLACE FUNCTION public.readme_wait() RETURNS void SECURITY DEFINER
 LANGUAGE plpgsql AS $$
 BEGIN
 	FOR i IN 1 .. 18000 LOOP
@@ -330,6 +331,7 @@ sub test_dialogue
 	my @commands = read_dialogue($block);
 	my (@shown, @seen);
 
+	$node->safe_psql('chat', $wait_function);
 	run_dialogue(@commands);
 	foreach my $command (@commands)
 	{
@@ -357,10 +359,19 @@ sub test_dialogue
 }
 
 # Runs statements that must succeed.
+my $recipes_made;
+
 sub test_sql
 {
 	my ($block) = @_;
-	my $database = $block->{chapter} eq 'Recipes' ? 'recipes' : 'chat';
+	my $recipe = $block->{chapter} eq 'Recipes';
+	my $database = $recipe ? 'recipes' : 'chat';
+
+	if ($recipe && !$recipes_made++)
+	{
+		$node->safe_psql('postgres', 'CREATE DATABASE recipes');
+		$node->safe_psql('recipes', 'CREATE EXTENSION chat');
+	}
 	my $out = run_psql($database, join "\n", @{ $block->{lines} }, '');
 
 	unlike($out, qr/^(ERROR|FATAL|WARNING)/m,
@@ -431,21 +442,24 @@ sub test_program
 	return;
 }
 
-# Parses commands of a shell; the goals of make must exist.
+# Runs commands of a shell, which must succeed.
 sub test_sh
 {
 	my ($block) = @_;
-	my $script = join "\n", @{ $block->{lines} }, '';
-	my $makefile = slurp_file("$root/Makefile");
+	my ($rc, $out) = $machine->run(join "\n", @{ $block->{lines} }, '');
 
-	ok(IPC::Run::run([ 'sh', '-n' ], '<', \$script),
-		"only parsed: line $block->{line}, sh");
-	while ($script =~ /^(?:sudo )?make ([a-z]+)/mg)
-	{
-		my $goal = $1;
-		ok($goal eq 'install' || $makefile =~ /^$goal:/m,
-			"make $goal is a goal of the Makefile");
-	}
+	is($rc, 0, "run in sh: line $block->{line}: $block->{lines}[0]")
+	  or diag($out);
+	return;
+}
+
+# Adds settings to those of the cluster; the next restart takes them.
+sub test_ini
+{
+	my ($block) = @_;
+
+	$node->append_conf('postgresql.conf', join "\n", @{ $block->{lines} });
+	pass("settings added: line $block->{line}: $block->{lines}[0]");
 	return;
 }
 
@@ -476,6 +490,10 @@ while (my ($i, $block) = each @blocks)
 	elsif ($language eq 'sh')
 	{
 		test_sh($block);
+	}
+	elsif ($language eq 'ini')
+	{
+		test_ini($block);
 	}
 	elsif ($language eq 'python')
 	{
