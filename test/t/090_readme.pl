@@ -145,10 +145,11 @@ sub split_notices
 }
 
 # Renders notifications so that they can be compared: how deltas are cut
-# depends on time, and with it how many events there are.
+# depends on time, and with it how many events there are, and when the title
+# comes.
 sub mask_notices
 {
-	my @events;
+	my (@events, @titles);
 
 	foreach my $line (@_)
 	{
@@ -156,6 +157,11 @@ sub mask_notices
 		my $event = decode($payload);
 
 		delete $event->{seq};
+		if ($event->{type} eq 'data-title')
+		{
+			push @titles, $event;
+			next;
+		}
 		if (   @events
 			&& defined $event->{delta}
 			&& $events[-1]{type} eq $event->{type}
@@ -166,7 +172,7 @@ sub mask_notices
 		}
 		push @events, $event;
 	}
-	return join '', map { mask(encode($_)) . "\n" } @events;
+	return join '', map { mask(encode($_)) . "\n" } @events, @titles;
 }
 
 my $text = slurp_file("$root/README.md");
@@ -247,8 +253,9 @@ sub set_answer
 	return;
 }
 
-# Waits, in psql, until no task is left; what is printed meanwhile is shown
-# behind the next command, as it is to somebody who types slowly.
+# Waits, in psql, until no task and no title is left to do; what is printed
+# meanwhile is shown behind the next command, as it is to somebody who types
+# slowly.
 my $wait = "DO 'BEGIN PERFORM public.readme_wait(); END';\n";
 my $wait_function = <<'EOS';
 CREATE OR REPLACE FUNCTION public.readme_wait() RETURNS void SECURITY DEFINER
@@ -262,7 +269,9 @@ BEGIN
 					WHERE j.task_id = t.id AND j.parked AND j.holder IS NULL
 					AND j.run_at > now()
 					AND NOT EXISTS (SELECT FROM chat.chat_job AS k
-						WHERE k.task_id = t.id AND k.kind = 'tool'))) THEN
+						WHERE k.task_id = t.id AND k.kind = 'tool')))
+			AND NOT EXISTS (SELECT FROM chat.chat_job
+				WHERE kind IN ('title', 'notice')) THEN
 			RETURN;
 		END IF;
 		PERFORM pg_sleep(0.01);

@@ -9,7 +9,7 @@
 # They do the same on the private cluster and below a directory of the test,
 # or refuse; everything else is what is installed.
 #
-# The cluster has nothing of chat: its settings do not preload it, and it finds
+# The cluster has nothing of chat: none of its settings is chat's, and it finds
 # what "make install" puts into the directory of the test, no other extension.
 
 package ChatTest::Machine;
@@ -55,11 +55,12 @@ sub configure
 {
 	my ($self) = @_;
 	my $file = $self->{node}->data_dir . '/postgresql.conf';
+	my $chat = qr/^(?:shared_preload_libraries|chat\.).*\n/m;
 	my $lib = pg_config('--pkglibdir');
 	my $conf = slurp_file($file);
 	my ($stage) = $conf =~ /^dynamic_library_path = '(.*?)\Q$lib\E:/m;
 
-	$conf =~ s/^shared_preload_libraries.*\n//mg;
+	$conf =~ s/$chat//g;
 	$conf =~ s/\Q$stage\E/$self->{root}/g if $stage;
 	unlink $file;
 	append_to_file($file, $conf);
