@@ -558,6 +558,21 @@ foreach my $function (@functions)
 	  or diag("the line would be: `$function->{signature}`");
 }
 
+# and whether grant_usage() grants them
+my %granted = map { $_->{name} => 1 } rows($node, <<'EOS', 'chat');
+SELECT substring(o FROM '^EXECUTE ON ROUTINE chat\.(\w+)') AS name
+FROM chat.usage_objects() AS o
+EOS
+my ($reference) = $text =~ /^## Functions\n(.*?)^## /ms;
+my (undef, %described) = split /^`(\w+)\(.*\n/m, $reference;
+foreach my $function (@functions)
+{
+	my $name = $function->{name};
+	is( ($described{$name} // '') =~ /Not\s+granted\s+to\s+anybody/ ? 0 : 1,
+		$granted{$name} // 0,
+		"granted, or not, as described: $name");
+}
+
 # the data functions are called in some block, with named arguments
 foreach my $name (
 	qw(create_chat_session get_chat_session get_chat_messages
@@ -575,8 +590,16 @@ foreach my $name (
 		"$name is called with named arguments");
 }
 
+# views
+foreach my $view (rows($node, <<'EOS', 'chat'))
+SELECT viewname AS name FROM pg_views WHERE schemaname = 'chat'
+EOS
+{
+	ok($text =~ /`$view->{name}`/, "view $view->{name} is described");
+}
+
 # columns of the tables, and no table left out
-my ($tables) = $characters =~ /^## Tables\n(.*?)^## /ms;
+my %chapter = $characters =~ /^## ([^\n]*)\n(.*?)(?=^## |\z)/msg;
 foreach my $table (rows($node, <<'EOS', 'chat'))
 SELECT c.relname AS name, array_agg(a.attname ORDER BY a.attnum) AS columns
 FROM pg_class AS c
@@ -587,7 +610,7 @@ WHERE c.relnamespace = 'chat'::regnamespace
 GROUP BY c.relname ORDER BY c.relname
 EOS
 {
-	my ($row) = $tables =~ /^\| [^|]*`$table->{name}`(.*)/m;
+	my ($row) = $chapter{Tables} =~ /^\| [^|]*`$table->{name}`(.*)/m;
 	ok($row, "table $table->{name} is described") or next;
 	# those of chat_tool are the arguments of its function
 	next if $row =~ /for the worker alone/ || $table->{name} eq 'chat_tool';
@@ -610,6 +633,23 @@ cmp_ok(scalar keys %types, '>', 15, 'there are events');
 foreach my $type (sort keys %types)
 {
 	like($events, qr/^\| `$type` \|/m, "event $type is described");
+}
+
+# members of those that came
+my %members;
+foreach my $row (rows($node, <<'EOS', 'chat'))
+SELECT DISTINCT payload->>'type' AS type, k.name
+FROM chat.chat_event AS e, json_object_keys(e.payload) AS k (name)
+EOS
+{
+	$members{ $row->{type} }{ $row->{name} } = 1;
+}
+foreach my $type (sort keys %members)
+{
+	my ($row) = $events =~ /^\| `$type` \|([^|]*)\|/m;
+	my @missing = grep { $row !~ /`$_`/ } grep { !/^(?:type|taskId|seq)$/ }
+	  sort keys %{ $members{$type} };
+	is_deeply(\@missing, [], "with its members: event $type");
 }
 
 # messages that the last resort is to look up are those that there are
@@ -667,6 +707,31 @@ foreach my $command (
 	{
 		like($chapter, qr/`$option`/, "option $option is described");
 	}
+}
+
+# what takes the place of another product's functions
+my ($coming) = $text =~ /^## Coming from .*?\n(.*?)^## /ms;
+my $known = "$reference $chapter{'Server options'} $chapter{Tables}";
+foreach my $word ($coming =~ /^\|.*\| (.*) \|$/mg)
+{
+	foreach my $name ($word =~ /`(\w+)`/g)
+	{
+		next if $name eq 'UNLISTEN' || $name =~ /^(?:limit|offset)$/;
+		ok($known =~ /\b$name\b/, "there is what takes over: $name");
+	}
+}
+
+# what else is named: goals of make, and files
+my $makefile = slurp_file("$root/Makefile");
+my %goals = map { $_ => 1 } qw(clean install installcheck),
+  map { split } $makefile =~ /^FRONT = (.*)$/m;
+foreach my $goal ($text =~ /`make (?!\w+=)(\w[\w-]*)/g)
+{
+	ok($goals{$goal}, "make $goal is a goal of the Makefile");
+}
+foreach my $file ($text =~ m{\]\(([^#)][^):]*)\)}g, $text =~ m{\b(test/[\w/.]*\w)}g)
+{
+	ok(-e "$root/$file" || $file eq 'LICENSE', "there is a file: $file");
 }
 
 # links
