@@ -689,6 +689,33 @@ my ($errors) = $text =~ /^## Errors\n(.*?)^## /ms;
 is_deeply({ $errors =~ /^\| `(\w+)` \| (yes|no|by status) \|/mg },
 	\%codes, 'the table of errors is the closed list');
 
+# codes of the results of tools
+my $tools = join '', map { slurp_file("$root/src/$_.c") }
+  qw(tool turn httptool operation queue);
+my $call = qr/\b(?:chat_tool_error|error_result|outcome_text|end_call)\(/;
+my %tool_codes = map { $_ => 1 } grep { defined }
+  $tools =~ /$call(?:[^;{"]|"[^"]*")*?,\s*"([a-z_]+)"(?:, NULL)?\)/g,
+  $tools =~ /'code',\s+(?:'(\w+)'|CASE status WHEN 'denied' THEN '(\w+)'"\s+"\s*ELSE '(\w+)')/g;
+my ($tool_errors) = $errors =~ /^The result of a tool call(.*)/ms;
+is_deeply(
+	[ sort $tool_errors =~ /^\| `([a-z_]+)` \|/mg ],
+	[ sort keys %tool_codes ],
+	'the table of errors of tools is that of the source');
+
+# names that are told to somebody who got one wrong: where they stand
+foreach my $names (
+	[ "create_chat_session(settings => '{\"x\": 1}')", 'Server options' ],
+	[ "upsert_chat_session('{\"x\": 1}')", 'Functions' ],
+	[ "add_chat_messages_batch((chat.create_chat_session()).id, '[{\"x\": 1}]')", 'Functions' ])
+{
+	my ($call, $where) = @$names;
+	my ($rc, $out, $err) = $node->psql('chat', "SELECT chat.$call");
+	my ($valid) = $err =~ /Valid are: (.*)\./;
+	my @missing = grep { $chapter{$where} !~ /[`"]$_[`"]/ } split /, /, $valid // '-';
+
+	is_deeply(\@missing, [], "its valid names are in \"$where\": $call");
+}
+
 # options
 foreach my $command (
 	'CREATE SERVER x FOREIGN DATA WRAPPER chat_llm OPTIONS (x \'\')',
