@@ -256,6 +256,26 @@ raises($node, "$setup\nBEGIN ISOLATION LEVEL REPEATABLE READ;\n"
 	  . "SELECT count(*) FROM chat.chat_task;\n$elsewhere\n",
 	"40001 complete_operation SELECT chat.complete_operation(:'operation');");
 
+# inside a tool
+$node->safe_psql('postgres', <<'EOS');
+CREATE FUNCTION tool.report() RETURNS boolean LANGUAGE sql AS
+	$$ SELECT chat.report_progress(to_jsonb(repeat('x', 4095))) $$;
+SET ROLE app;
+SELECT chat.register_tool('tool.report');
+EOS
+my $turn = $node->safe_psql('postgres', <<'EOS');
+SET ROLE app;
+SELECT chat.stream_chat_completion((chat.create_chat_session()).id, '[[tool=report]]');
+EOS
+wait_for_task($node, $turn);
+is( row($node,
+		"SELECT result::json->>'code' AS code FROM chat.chat_tool_call WHERE task_id = '$turn'"
+	)->{code},
+	'54000',
+	'report_progress: 54000: in a tool');
+ok(is_given('report_progress', '54000'), 'the reference gives it');
+$raised{report_progress}{54000} = 1;
+
 # no place for a worker
 $node->stop;
 $node->append_conf('postgresql.conf', 'max_worker_processes = 1');
