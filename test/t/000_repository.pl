@@ -103,16 +103,41 @@ foreach my $file (glob 'test/t/*.pl')
 is_deeply(\@sleepers, [], 'T70: no test sleeps');
 is_deeply(\@open, [], 'T70: every test counts its assertions at its end');
 
-# the arrows between the files of src/ point one way: none comes back to where
-# it began
-my %uses;
+# the arrows between the files of src/, as src/README.md has them
+my (%layer, %known, %uses);
+foreach my $row (slurp_file('src/README.md') =~ /^(\| \d \|.*)$/mg)
+{
+	my (undef, $number, $module, undef, $knows) = split / ?\| ?/, $row;
+	my ($name) = $module =~ /^`(\w+)`$/;
+
+	$layer{$name} = $number;
+	$known{$name} = [ ($knows // '') =~ /`(\w+)`/g ];
+}
 foreach my $file (glob 'src/*.[ch]')
 {
 	my ($module) = $file =~ m{([^/]+)\.[ch]$};
 
 	$uses{$module}{$_} = 1
-	  foreach grep { $_ ne $module } slurp_file($file) =~ /^#include "([a-z]+)\.h"$/mg;
+	  foreach grep { $_ ne $module && -e "src/$_.h" }
+	  slurp_file($file) =~ /^#include "([a-z]+)\.h"$/mg;
+	$uses{$module} ||= {};
 }
+is_deeply([ sort keys %layer ], [ sort keys %uses ],
+	'every file stands in the table of src/README.md');
+my @upwards = map {
+	my $m = $_;
+	map { "$m includes $_" } grep { ($layer{$_} // 0) > ($layer{$m} // 0) } sort keys %{ $uses{$m} }
+} sort keys %uses;
+is_deeply(\@upwards, [], 'no file includes a header of a higher layer');
+my %included = map { $_ => [ grep { $_ ne 'compat' } sort keys %{ $uses{$_} } ] } keys %uses;
+foreach my $module (sort keys %uses)
+{
+	next if "@{ $known{$module} // [] }" eq "@{ $included{$module} }";
+	fail("what it knows is what it includes: $module");
+	diag('it includes: ' . join ', ', map { "`$_`" } @{ $included{$module} });
+}
+
+# they point one way: none comes back to where it began
 for (my $left = -1; $left != keys %uses;)
 {
 	$left = keys %uses;
