@@ -1,6 +1,6 @@
 /*
  * tool.h
- *		SQL tools: the process that runs them, and its scheduling.
+ *		SQL tools: which processes run them, and what all tools share.
  */
 #ifndef CHAT_TOOL_H
 #define CHAT_TOOL_H
@@ -28,7 +28,5 @@ extern bool chat_tool_judge(void);
 
 /* Writes what running tools have reported; in the current transaction. */
 extern int	chat_tool_progress(ChatEventBatch *batch, pg_uuid_t **tasks);
-
-extern PGDLLEXPORT void chat_tool_main(Datum slot);
 
 #endif							/* CHAT_TOOL_H */

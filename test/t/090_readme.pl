@@ -691,7 +691,7 @@ is_deeply({ $errors =~ /^\| `(\w+)` \| (yes|no|by status) \|/mg },
 
 # codes of the results of tools
 my $tools = join '', map { slurp_file("$root/src/$_.c") }
-  qw(tool turn httptool operation queue);
+  qw(tool toolworker turn httptool operation queue);
 my $call = qr/\b(?:chat_tool_error|error_result|outcome_text|end_call)\(/;
 my %tool_codes = map { $_ => 1 } grep { defined }
   $tools =~ /$call(?:[^;{"]|"[^"]*")*?,\s*"([a-z_]+)"(?:, NULL)?\)/g,
