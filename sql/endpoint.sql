@@ -164,7 +164,7 @@ SELECT o.option, t.* FROM (VALUES
 	($$max_concurrency '0'$$), ($$max_requests_per_minute '0'$$),
 	($$retries '-1'$$), ($$retries '101'$$)) AS o(option),
 	chat_try_server(o.option) AS t;
-SELECT state, message, right(more, 60) AS more FROM chat_try_server(format('extra_body %L',
+SELECT state, message, right(more, 53) AS more FROM chat_try_server(format('extra_body %L',
 	repeat('{"a":', 65) || '1' || repeat('}', 65)));
 SELECT state FROM chat_try_server(format('extra_body %L',
 	repeat('{"a":', 64) || '1' || repeat('}', 64)));

@@ -176,9 +176,13 @@ check(const ChatEntry *entry, const char *where)
 		entry->nulls[CHAT_ENTRY_TOOL_CALL_ID])
 		reject(where, "a tool message needs \"tool_call_id\"", NULL);
 	for (size_t i = 0; i < lengthof(sent); i++)
+	{
+		Datum		value = entry->values[sent[i]];
+
 		if (!entry->nulls[sent[i]])
-			chat_field_check_depth(&DatumGetJsonbP(entry->values[sent[i]])->root,
+			chat_field_check_depth(&DatumGetJsonbP(value)->root,
 								   columns[sent[i]].name, where);
+	}
 }
 
 /* Checks the JSON columns of an entry whose columns came as arguments. */

@@ -255,7 +255,7 @@ parse_object(const ChatOption *option, const char *value)
 	/* what a request could not hold would be left out of it */
 	if (chat_json_check(value, strlen(value), &need) == CHAT_JSON_TOO_DEEP)
 		refuse(option, value,
-			   psprintf("JSON with at most %d levels, and without long numbers",
+			   psprintf("JSON of at most %d levels, without long numbers",
 						CHAT_JSON_MAX_DEPTH));
 	context.callback = json_context;
 	context.arg = (void *) option;

@@ -322,7 +322,8 @@ static const ChatField document_fields[] =
 #define EXPORT_FIELDS 3
 
 static const ChatFieldTable document_table =
-{"key", document_fields, lengthof(document_fields) - EXPORT_FIELDS, false, true};
+{"key", document_fields, lengthof(document_fields) - EXPORT_FIELDS, false,
+true};
 static const ChatFieldTable export_table =
 {"key", document_fields, lengthof(document_fields), false, true};
 
@@ -503,6 +504,13 @@ set_column(Document *doc, DocumentColumn column, Datum value)
 	doc->nulls[column] = false;
 }
 
+/* Returns the name of a document's server, which must have one. */
+static const char *
+server_name(const Document *doc)
+{
+	return NameStr(*DatumGetName(doc->values[DOC_SERVER]));
+}
+
 /*
  * Inserts a session.  A chosen id that is taken is an error, about which only
  * those who see that session learn more; with missing_ok, false.
@@ -515,8 +523,7 @@ insert_document(const ChatScope *scope, Document *doc)
 	if (doc->nulls[DOC_USER_ID] && scope->user[0] != '\0')
 		set_column(doc, DOC_USER_ID, CStringGetTextDatum(scope->user));
 	if (!doc->nulls[DOC_SERVER])
-		(void) chat_server_load(NameStr(*DatumGetName(doc->values[DOC_SERVER])),
-								false);
+		(void) chat_server_load(server_name(doc), false);
 	if (doc->nulls[DOC_OWNER])
 		set_column(doc, DOC_OWNER, ObjectIdGetDatum(scope->caller));
 	if (doc->nulls[DOC_APPENDED])
@@ -959,10 +966,8 @@ merge(const ChatScope *scope, Document *doc, const ChatEntries *entries)
 	check_totals(doc, chat_db_int64(0, 3, 0), chat_db_int64(0, 4, 0));
 	if (!doc->nulls[DOC_SERVER])
 	{
-		char	   *name = NameStr(*DatumGetName(doc->values[DOC_SERVER]));
-
-		if (server == NULL || strcmp(server, name) != 0)
-			(void) chat_server_load(name, false);
+		if (server == NULL || strcmp(server, server_name(doc)) != 0)
+			(void) chat_server_load(server_name(doc), false);
 	}
 	from = chat_message_overlap(session, entries);
 	if (from < entries->n && chat_message_stored(session, entries, from))
@@ -1027,7 +1032,7 @@ chat_session_upsert(PG_FUNCTION_ARGS)
 	while (!created && !find_document(&scope, &doc, &lock_session))
 	{
 		created = create(&scope, &doc, &entries);
-		/* taken by somebody else; or by our own kind, who may have left again */
+		/* taken, by somebody else; or by our kind, who may have left again */
 		if (!created && find_document(&scope, &doc, &find_hidden))
 			reject_id(&scope, doc.values[DOC_ID]);
 	}
