@@ -306,6 +306,15 @@ SELECT * FROM found('elephants');
 SET chat.user_id = '';
 SET ROLE regress_chat_mallory;
 SELECT * FROM found('elephants');
+-- nor does the parser tell of what it met in messages of others
+RESET ROLE;
+INSERT INTO chat.chat_message (session_id, sequence, role, content)
+VALUES (:s2, 99, 'user', repeat('x', 3000));
+SET ROLE regress_chat_mallory;
+SET client_min_messages = notice;
+SELECT * FROM found('elephants');
+SELECT current_setting('client_min_messages') AS still;
+SET client_min_messages = warning;
 -- the index: the administrator's, and used by those who search
 SELECT state, message FROM raised('SELECT chat.create_search_index()');
 RESET ROLE;

@@ -13,6 +13,7 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "utils/builtins.h"
+#include "utils/guc.h"
 #include "utils/tuplestore.h"
 
 #include "compat.h"
@@ -65,6 +66,10 @@ chat_search_messages(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0) || PG_ARGISNULL(3))
 		return (Datum) 0;
 	chat_db_enter(&scope);
+	/* the parser tells of very long words, also of those of others */
+	(void) set_config_option("client_min_messages", "error",
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
 	values[0] = PG_GETARG_DATUM(0);
 	chat_db_caller(&scope, values);
 	values[3] = PG_GETARG_DATUM(1);
