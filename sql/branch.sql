@@ -326,11 +326,19 @@ SELECT state, message FROM raised(format('INSERT INTO chat.chat_message (session
 VACUUM ANALYZE chat.chat_message;
 SELECT pg_stat_force_next_flush();
 SELECT idx_scan AS before FROM pg_stat_user_indexes WHERE indexrelname = 'chat_message_search_simple' \gset
-SET ROLE regress_chat_ann;
 SELECT count(*) FROM found('africa');
-RESET ROLE;
 SELECT pg_stat_force_next_flush();
 SELECT idx_scan > :before AS index_used FROM pg_stat_user_indexes WHERE indexrelname = 'chat_message_search_simple';
+-- which does not tell others in how many messages it found a word
+SET ROLE regress_chat_mallory;
+BEGIN;
+SELECT idx_tup_fetch AS before FROM pg_stat_xact_user_tables
+WHERE relid = 'chat.chat_message'::regclass \gset
+SELECT count(*) FROM found('africa');
+SELECT idx_tup_fetch - :before AS fetched FROM pg_stat_xact_user_tables
+WHERE relid = 'chat.chat_message'::regclass;
+COMMIT;
+RESET ROLE;
 DROP INDEX chat.chat_message_search_simple, chat.chat_message_search_english;
 
 DELETE FROM chat.chat_session;

