@@ -23,6 +23,7 @@
 #include "context.h"
 #include "errand.h"
 #include "event.h"
+#include "outbox.h"
 #include "pace.h"
 #include "prepare.h"
 #include "queue.h"
@@ -256,7 +257,7 @@ claim_work(void *arg)
 		c->seqs[i] = chat_event_collect(&batch, &c->streams[i]->target,
 										c->streams[i]->seq,
 										&c->streams[i]->log);
-	chat_work_write(&batch, c->quiet);
+	chat_outbox_write(&batch, c->quiet);
 	release_deferred(c);
 }
 

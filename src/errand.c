@@ -15,6 +15,7 @@
 #include "errand.h"
 #include "event.h"
 #include "httptool.h"
+#include "outbox.h"
 #include "queue.h"
 #include "shmem.h"
 #include "side.h"
@@ -69,7 +70,7 @@ turn_work(void *arg)
 		return;
 	t->tasks = memcpy(chat_work_alloc(sizeof(pg_uuid_t) * t->n),
 					  tasks, sizeof(pg_uuid_t) * t->n);
-	chat_work_write(&batch, t->quiet);
+	chat_outbox_write(&batch, t->quiet);
 }
 
 /* Plans what comes after turns of n tasks: of all that could be had. */
@@ -192,7 +193,7 @@ progress_work(void *arg)
 	t->n = chat_tool_progress(&batch, &tasks);
 	t->tasks = memcpy(chat_work_alloc(sizeof(pg_uuid_t) * (t->n + 1)),
 					  tasks, sizeof(pg_uuid_t) * t->n);
-	chat_work_write(&batch, false);
+	chat_outbox_write(&batch, false);
 }
 
 /* Tells what running tools have reported. */

@@ -16,6 +16,7 @@
 #include "event.h"
 #include "flush.h"
 #include "http.h"
+#include "outbox.h"
 #include "pace.h"
 #include "queue.h"
 #include "recheck.h"
@@ -59,7 +60,7 @@ write_deltas(void *arg)
 		f->seqs[i] = chat_event_collect(&batch, &f->streams[i]->target,
 										f->streams[i]->seq,
 										&f->streams[i]->log);
-	chat_work_write(&batch, f->quiet);
+	chat_outbox_write(&batch, f->quiet);
 }
 
 /* Advances the streams whose logs were committed. */
@@ -169,7 +170,7 @@ write_ends(void *arg)
 	}
 	if (lists.nsteps > 0)
 		seal_steps(f);
-	chat_work_write(&batch, f->quiet);
+	chat_outbox_write(&batch, f->quiet);
 }
 
 /* Has a stream's end stored later. */

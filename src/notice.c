@@ -22,10 +22,10 @@
 #include "db.h"
 #include "event.h"
 #include "notice.h"
+#include "outbox.h"
 #include "queue.h"
 #include "shmem.h"
 #include "stream.h"
-#include "work.h"
 
 /* notices of one transaction */
 #define MAX_NOTICES 256
@@ -127,7 +127,7 @@ chat_notice_tell(void)
 		collect(&batch, row);
 	chat_db_exec(&any_notice, values, NULL);
 	more = chat_db_bool(0, 1);
-	chat_work_write(&batch, failures >= MAX_LOUD);
+	chat_outbox_write(&batch, failures >= MAX_LOUD);
 }
 
 /* After the transaction: plans when to look again. */

@@ -11,6 +11,7 @@
 #include "utils/timestamp.h"
 
 #include "event.h"
+#include "outbox.h"
 #include "queue.h"
 #include "retention.h"
 #include "shmem.h"
@@ -154,7 +155,7 @@ strays_work(void *arg)
 			collect_stray(&batch, &strays[i]);
 		chat_shmem_publish_at_commit(&strays[i].task);
 	}
-	chat_work_write(&batch, false);
+	chat_outbox_write(&batch, false);
 	if (n > 0)
 		ereport(LOG,
 				(errmsg("chat worker ends %d tasks that have no job", n),

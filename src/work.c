@@ -16,11 +16,7 @@
 #include "utils/memutils.h"
 
 #include "db.h"
-#include "debug.h"
-#include "event.h"
-#include "retention.h"
 #include "shmem.h"
-#include "stream.h"
 #include "work.h"
 
 /* at the start the queue, strays and what the dead have left are looked at */
@@ -169,20 +165,4 @@ chat_work_try(const char *activity, bool durable,
 				 errmsg("chat worker could not %s: %s", activity,
 						edata->message)));
 	return edata;
-}
-
-/* Writes and notifies the events of a batch, and counts them. */
-void
-chat_work_write(ChatEventBatch *batch, bool quiet)
-{
-	chat_event_write(batch);
-	if (!quiet && batch->n > 0)
-		chat_debug_notify();
-	if (quiet || chat_event_queue_full())
-		pg_atomic_fetch_add_u64(&chat_slot->counters.unnotified, batch->n);
-	else
-		chat_event_notify(batch);
-	pg_atomic_fetch_add_u64(&chat_slot->counters.events, batch->n);
-	if (batch->n > 0)
-		chat_retention_written(chat_stream_clock());
 }

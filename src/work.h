@@ -8,7 +8,6 @@
 
 #include "postgres.h"
 
-#include "event.h"
 
 #define CHAT_NEVER PG_INT64_MAX
 
@@ -60,8 +59,5 @@ extern bool chat_work_is_systemic(const ErrorData *edata);
 
 /* True if the transaction is to be run again without notifications. */
 extern bool chat_work_is_too_loud(const ErrorData *edata);
-
-/* In a transaction: writes and notifies events, and counts them. */
-extern void chat_work_write(ChatEventBatch *batch, bool quiet);
 
 #endif							/* CHAT_WORK_H */
