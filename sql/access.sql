@@ -309,6 +309,28 @@ SELECT * FROM raised(format('SELECT chat.upsert_chat_session(%L)',
 SELECT count(*) AS of_u2 FROM chat.chat_session;
 SET chat.user_id = '';
 SELECT count(*) AS all FROM chat.chat_session;
+-- from one row to the next, and in a plan that was made for another role
+SELECT u AS user_id, set_config('chat.user_id', u, false) = u AS set,
+	chat.session_visible(:s1) AS visible, chat.session_visible(NULL) AS none
+FROM unnest(ARRAY['u1', 'u2', '', 'u2', 'u1', '']) AS u;
+SET plan_cache_mode = force_generic_plan;
+PREPARE seen (uuid) AS SELECT chat.session_visible($1) AS visible,
+	(SELECT count(*) FROM chat.chat_message WHERE session_id = $1) AS messages,
+	chat.get_chat_session($1) IS NOT NULL AS document;
+EXECUTE seen (:s1);
+SET ROLE regress_chat_mallory;
+EXECUTE seen (:s1);
+SET ROLE regress_chat_ann;
+EXECUTE seen (:s1);
+BEGIN;
+DECLARE seen CURSOR FOR SELECT content FROM chat.chat_message
+WHERE session_id = :s1 ORDER BY sequence;
+FETCH 1 FROM seen;
+SET LOCAL ROLE regress_chat_mallory;
+FETCH 1 FROM seen;
+ROLLBACK;
+DEALLOCATE seen;
+RESET plan_cache_mode;
 RESET ROLE;
 
 -- reading one session costs the same under row-level security: the plans are

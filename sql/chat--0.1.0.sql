@@ -427,7 +427,7 @@ COMMENT ON TABLE chat.chat_event_slot IS 'rotation of the partitions of chat_eve
 --
 
 CREATE FUNCTION chat.session_visible(session_id uuid) RETURNS boolean
-LANGUAGE c STABLE STRICT PARALLEL SAFE COST 0.0001
+LANGUAGE c STABLE PARALLEL SAFE COST 0.0001
 AS 'MODULE_PATHNAME', 'chat_session_visible';
 COMMENT ON FUNCTION chat.session_visible IS 'whether there is such a session that the caller may see';
 

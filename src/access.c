@@ -124,11 +124,15 @@ look_up(const Memory *m, pg_uuid_t *session, Oid role, const char *user)
 Datum
 chat_session_visible(PG_FUNCTION_ARGS)
 {
-	pg_uuid_t  *session = PG_GETARG_UUID_P(0);
+	pg_uuid_t  *session;
 	Oid			role = GetUserId();
 	const char *user = chat_db_user();
-	Memory	   *m = recall(fcinfo->flinfo);
+	Memory	   *m;
 
+	if (PG_ARGISNULL(0))
+		PG_RETURN_BOOL(false);
+	session = PG_GETARG_UUID_P(0);
+	m = recall(fcinfo->flinfo);
 	/* rows of one session mostly follow each other */
 	if (m->known && m->role == role && strcmp(m->user, user) == 0 &&
 		memcmp(&m->session, session, UUID_LEN) == 0)
