@@ -7,9 +7,12 @@
  *
  * The connection is libpq's default (PGHOST and so on).  KEY_FILE may be
  * empty: no user mapping then.  SCRIPT is what has the fake endpoint call the
- * function; empty for a real one, which decides for itself.  Every statement is printed before it runs;
- * the answer is printed as its notifications arrive, nothing else is read
- * until it has ended.
+ * function; empty for a real one, which decides for itself.  Every statement
+ * is printed before it runs; the answer is printed as its notifications
+ * arrive, nothing else is read until it has ended.
+ *
+ * Exits with 3 when a turn fails, which is told by then, and with 1 when
+ * something else does.
  */
 #include <poll.h>
 #include <stdarg.h>
@@ -23,6 +26,9 @@
 #include <libpq-fe.h>
 
 static PGconn *conn;
+
+/* psql's prompt: who is no superuser has another one. */
+static const char *prompt = "chat=#";
 
 /* Escape sequences, empty where the output is not a terminal. */
 static const char *BOLD = "";
@@ -90,7 +96,7 @@ heading(const char *text)
 static void
 show(const char *sql)
 {
-	printf("%schat=#%s %s", DIM, PLAIN, BLUE);
+	printf("%s%s%s %s", DIM, prompt, PLAIN, BLUE);
 	for (; *sql; sql++)
 	{
 		putchar(*sql);
@@ -429,6 +435,7 @@ install_tool(const char *script)
 	command("GRANT USAGE ON FOREIGN SERVER demo TO ada;");
 	command("CREATE SCHEMA shop AUTHORIZATION ada;");
 	command("SET ROLE ada;");
+	prompt = "chat=>";
 	command("CREATE TABLE shop.orders (id integer PRIMARY KEY, status text);");
 	command("INSERT INTO shop.orders VALUES (1042, 'shipped'), (1043, 'packed');");
 	command("CREATE FUNCTION shop.order_status(order_id integer) RETURNS text\n"
@@ -464,5 +471,5 @@ main(int argc, char **argv)
 			PQclear(run("ALTER SERVER demo OPTIONS (DROP extra_body)"));
 	}
 	PQfinish(conn);
-	return words.failed || tool.failed ? 1 : 0;
+	return words.failed || tool.failed ? 3 : 0;
 }

@@ -105,7 +105,8 @@ echo "$PG_VERSION in a private cluster; the model is $CHAT_MODEL at $CHAT_BASE_U
 run_group "$WORK/demo" "$CHAT_BASE_URL" "$CHAT_MODEL" "$KEY_FILE" "$MESSAGE" \
 	"$SCRIPT" || {
 	rc=$?
-	tail -n 20 "$WORK/run/demo.log" >&2
+	# why a turn failed is told already
+	[ $rc = 3 ] || tail -n 20 "$WORK/run/demo.log" >&2
 	exit $rc
 }
 if [ -n "$KEEP" ]; then

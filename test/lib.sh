@@ -60,11 +60,11 @@ workdir_open()
 			RUN_USER=postgres
 		fi
 	fi
-	WORK=$(mktemp -d "${TMPDIR:-/tmp}/chat-$1.XXXXXX")
 	trap workdir_close EXIT
 	trap 'exit 129' HUP
 	trap 'exit 130' INT
 	trap 'exit 143' TERM
+	WORK=$(mktemp -d "${TMPDIR:-/tmp}/chat-$1.XXXXXX")
 	chmod 755 "$WORK"
 	mkdir "$WORK/run" "$WORK/run/tmp"
 	if [ -n "$RUN_USER" ]; then
@@ -165,7 +165,7 @@ workdir_close()
 
 	trap '' HUP INT TERM
 	set +e
-	if [ -n "${KEEPING:-}" ]; then
+	if [ -z "$WORK" ] || [ -n "${KEEPING:-}" ]; then
 		exit $rc
 	fi
 	processes_stop 2>/dev/null

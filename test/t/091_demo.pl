@@ -32,14 +32,18 @@ done
 EOS
 chmod 0755, $make;
 
-# Starts the demo; returns what runs, and where its output goes.
+# Starts the demo; returns what runs, and where its output goes.  With by_make,
+# as one types it.
 sub start_demo
 {
 	my (%set) = @_;
 	my $out = '';
+	my @command = ("$root/test/demo.sh");
 
-	local %ENV = (%clean, %set);
-	my $demo = IPC::Run::start(["$root/test/demo.sh"],
+	@command = ('make', '-C', $root, 'demo', "MAKE=$make", map { "$_=$set{$_}" } keys %set)
+	  if delete $set{by_make};
+	local %ENV = (%clean, @command > 1 ? () : %set);
+	my $demo = IPC::Run::start([@command],
 		'<', \undef, '>', \$out, '2>&1', IPC::Run::timer($timeout));
 	return ($demo, \$out);
 }
@@ -77,7 +81,7 @@ SKIP:
 	skip 'the extension is installed, not staged', 1 unless $stage;
 
 	# with the bundled endpoint
-	my $text = run_demo(MESSAGE => 'Is $HOME "quoted"? [[text=Indeed%20it%20is.]]');
+	my $text = run_demo(by_make => 1, MESSAGE => 'Is $HOME "quoted"? [[text=Indeed%20it%20is.]]');
 	my @steps = (
 		qr/CREATE EXTENSION chat;\nCREATE EXTENSION/,
 		qr/CREATE SERVER demo FOREIGN DATA WRAPPER chat_llm/,
@@ -89,6 +93,7 @@ SKIP:
 		qr/1 \| user +\| Is \$HOME "quoted"\? .*\n +2 \| assistant \| Indeed it is\./,
 		qr/status +\| steps \| prompt_tokens \| completion_tokens *\n[-+]+\n completed +\| +1 \| +\d+ \| +\d+/,
 		qr/first token \d+\.\d ms after the call/,
+		qr/SET ROLE ada;\nSET\nchat=> CREATE TABLE/,
 		qr/^calls order_status \{"order_id": 1042\}$/m,
 		qr/-- play on\n\s*make demo .*\n\s*make demo .*\n\s*make demo KEEP=1/);
 	my $at = 0;
@@ -114,6 +119,15 @@ SKIP:
 	is($first->{headers}{authorization}, 'Bearer sk-my-own-key-0123456789',
 		'CHAT_API_KEY is sent');
 	unlike($text, qr/sk-my-own/, 'and is not shown');
+
+	# with a key that is none there
+	my ($demo, $out) = start_demo(
+		CHAT_BASE_URL => 'http://127.0.0.1:' . $fake->port . '/v1',
+		CHAT_API_KEY => 'sk-wrong-key-0123456789');
+	ok(!$demo->finish, 'with a wrong key it fails');
+	like($$out, qr/^Incorrect API key provided: \[redacted\]/m, 'and says why');
+	unlike($$out, qr/LOG:/, 'without the log of its server');
+	is_clean('a demo that has failed');
 
 	# interrupted in the middle of an answer
 	foreach my $signal (qw(INT TERM))
