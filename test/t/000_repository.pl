@@ -11,6 +11,13 @@ use Test::More;
 
 chdir "$FindBin::RealBin/../.." or die "chdir: $!";
 
+# what belongs to the top of it
+my @missing = grep { !-s } qw(Makefile chat.control README.md LICENSE CHANGELOG.md
+  META.json .gitignore .editorconfig .clang-format .ci/run);
+is_deeply(\@missing, [], 'nothing is missing at the top');
+like(slurp_file('LICENSE'), qr/PostgreSQL Licen[cs]e/i, 'the licence is PostgreSQL\'s');
+ok(-x '.ci/run', 'CI can run');
+
 # the version
 my ($version) = slurp_file('chat.control') =~ /^default_version = '([\d.]+)'$/m;
 ok($version, 'chat.control has a version');
