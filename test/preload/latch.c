@@ -4,8 +4,8 @@
  *
  * Preloaded (LD_PRELOAD) into the processes of one server: when the file
  * "pid" in the directory named by CHAT_TEST_LATCH holds the number of a
- * process, whoever wakes that one (a latch is set by SIGURG) renames the file
- * to "held" and goes on when that is gone, too.
+ * process, whoever else wakes that one (a latch is set by SIGURG) renames the
+ * file to "held" and goes on when that is gone, too.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -40,7 +40,7 @@ kill(pid_t pid, int sig)
 	char		file[1024];
 	char		held[1024];
 
-	if (rc != 0 || sig != SIGURG || dir == NULL)
+	if (rc != 0 || sig != SIGURG || pid == getpid() || dir == NULL)
 		return rc;
 	snprintf(file, sizeof(file), "%s/pid", dir);
 	snprintf(held, sizeof(held), "%s/held", dir);

@@ -42,8 +42,8 @@ sub sleeps
 	# epoll_wait, by its number on this machine, and its arguments
 	my @call = split ' ', <$file> // '';
 	close $file;
-	return 'for ever' if @call < 5 || hex($call[4]) == 0xffffffff;
-	return hex $call[4];
+	my ($time) = ($call[4] // '') =~ /^0x[0-9a-f]*?([0-9a-f]{1,8})$/;
+	return !defined $time || $time eq 'ffffffff' ? 'for ever' : hex $time;
 }
 
 # Asserts that nothing happens for ten seconds.

@@ -98,6 +98,8 @@ sub ring
 	my $worker = wait_for_worker($node);
 	my $psql = session($node);
 
+	# nothing is left that it would wait with, for a lock that these take
+	wait_for_rest($node, $worker);
 	$psql->query_safe('SET client_min_messages = warning');
 	$psql->query_safe($_) foreach @statements[ 0 .. $#statements - 1 ];
 	wait_for_rest($node, $worker);
@@ -133,6 +135,7 @@ $fake->wait_at_gate('l');
 pass('what was locked can be used');
 let_go($held);
 $fake->open_gate('l');
+wait_for($node, 'SELECT count(*) = 0 FROM chat.chat_job');
 
 my $old = wait_for_worker($node);
 $held = ring('BEGIN', 'DROP EXTENSION chat CASCADE', 'CREATE EXTENSION chat', 'COMMIT');

@@ -12,8 +12,14 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $fake = start_fake();
-# no heartbeat, when it takes long
-my $node = chat_cluster('main', conf => 'chat.heartbeat_interval = 1h');
+# when it takes long, no time comes at which the worker would look at a stream
+my $node = chat_cluster('main', conf => <<'EOC');
+chat.heartbeat_interval = 1h
+chat.connect_timeout = 10min
+chat.first_token_timeout = 10min
+chat.idle_timeout = 10min
+chat.stream_timeout = 10min
+EOC
 create_server($node, $fake);
 my $session = create_session($node);
 

@@ -4,7 +4,7 @@
 #	kill_everything($node);		kill -9 of all processes at the same instant: what
 #								was not written is lost
 #	processes($node);			pid => title of the server's children
-#	pid_of($node, $like);		the only child whose title matches
+#	pid_of($node, $like);		the only child whose title matches, when it is there
 #	wait_until($what, sub { ... });		waits until it returns true
 #	wait_gone(@pids);			waits until there are no such processes
 #	wait_for_rest($node, $pid);	waits until the worker sleeps and holds nothing
@@ -72,15 +72,18 @@ sub processes
 	return %found;
 }
 
-# Returns the pid of the only child whose title matches.
+# Waits until one child's title matches, and only one's; returns its pid.
 sub pid_of
 {
 	my ($node, $like) = @_;
-	my %found = processes($node);
-	my @pids = grep { $found{$_} =~ $like } sort keys %found;
 
-	@pids == 1 or die scalar(@pids) . " processes like $like\n";
-	return $pids[0];
+	return wait_until(
+		"one process like $like",
+		sub {
+			my %found = processes($node);
+			my @pids = grep { $found{$_} =~ $like } keys %found;
+			return @pids == 1 && $pids[0];
+		});
 }
 
 # Waits until processes are gone, whoever reaps them.
