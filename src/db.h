@@ -48,6 +48,13 @@ typedef struct ChatStmt
 #define CHAT_HELD_BY(holder) "holder IS NOT DISTINCT FROM " holder
 
 /*
+ * Ends a subquery of arrays whose rows are found in tables by key.  Of a limit
+ * that it does not know the planner thinks that one row is left, and for one
+ * row it reads no table as a whole, however small that was when it planned.
+ */
+#define CHAT_FEW(array) " LIMIT cardinality(" array ")"
+
+/*
  * The tasks that have a session or wait for it, by one small index each; by
  * the session alone they would be looked for among all that it ever had.
  */

@@ -180,8 +180,8 @@ CHAT_STMT(seal_jobs,
 		  "UPDATE chat.chat_job AS j SET holder = NULL, parked = true,"
 		  " attempts = 0, run_at = '-infinity', last_seq = e.last_seq,"
 		  " spent = NULL"
-		  " FROM ROWS FROM (unnest($2), unnest($3), unnest($4))"
-		  "  AS e (job, epoch, last_seq)"
+		  " FROM (SELECT * FROM ROWS FROM (unnest($2), unnest($3),"
+		  "  unnest($4)) AS u (job, epoch, last_seq)" CHAT_FEW("$2") ") AS e"
 		  " WHERE j.id = e.job AND j.epoch = e.epoch"
 		  "  AND j." CHAT_HELD_BY("$1"),
 		  INT8OID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID);
@@ -283,6 +283,7 @@ CHAT_STMT(update_calls,
 		  "WITH u AS MATERIALIZED (SELECT * FROM ROWS FROM (unnest($1),"
 		  "  unnest($2), unnest($3), unnest($4), unnest($5), unnest($6))"
 		  "  AS v (operation, status, result, announced, delivered, content)"
+		  CHAT_FEW("$1")
 		  "), call AS ("
 		  " UPDATE chat.chat_tool_call AS c"
 		  " SET status = COALESCE(u.status, c.status),"
@@ -322,7 +323,7 @@ CHAT_STMT(leave_turns,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM (unnest($3),"
 		  "  unnest($4), unnest($5), unnest($6), unnest($7), unnest($8),"
 		  "  unnest($9)) AS u (job, epoch, parked, run_at, last_seq, status,"
-		  "  detached)"
+		  "  detached)" CHAT_FEW("$3")
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = NULL, parked = e.parked,"
 		  "  run_at = e.run_at, last_seq = e.last_seq, attempts = 0,"
