@@ -124,11 +124,11 @@ is(row($node, "SELECT failed FROM chat.stat_server WHERE server = 'other'")->{fa
 my $beside = start_fake();
 $node->safe_psql('postgres', server_sql($beside->port, name => 'beside', max_concurrency => 1));
 
-# A session at that server with a question, whose title is another matter.
+# A session at a server with a question, whose title is another matter.
 sub untitled
 {
-	my ($message) = @_;
-	my $id = create_session($node, server => 'beside')->{id};
+	my ($message, $server) = @_;
+	my $id = create_session($node, server => $server // 'beside')->{id};
 	$node->safe_psql('postgres', "SELECT chat.add_chat_message('$id', 'user', '$message')");
 	return $id;
 }
@@ -142,11 +142,12 @@ sub ask_title
 	return;
 }
 
-# How many jobs wait for that server.
+# How many jobs wait for a server.
 sub waiting
 {
+	my $server = shift // 'beside';
 	return row($node, "SELECT count(*) FROM chat.chat_job WHERE holder IS NULL"
-		  . " AND server = 'beside'")->{count};
+		  . " AND server = '$server'")->{count};
 }
 
 # Lets both workers look at their queues again.
@@ -191,19 +192,22 @@ is($stat->{completed}, 5, 'with their ends');
 is($stat->{requests_last_minute}, 5, 'and for the minute');
 is($stat->{open_requests}, 0, 'and none is left over');
 
-# requests per minute
-$node->safe_psql('postgres', "ALTER SERVER beside OPTIONS (SET max_concurrency '100', ADD max_requests_per_minute '7')");
-ask_title(untitled('u [[for=title text=Second]]'));
-$beside->wait_for_stats(sub { $_->{completed} == 6 });
-ask_title(untitled('v [[for=title text=Third]]'));
+# requests per minute, of a server that has had none before
+$node->safe_psql('postgres', "ALTER SERVER beside OPTIONS (SET max_concurrency '100');"
+	  . server_sql($beside->port, name => 'minute', max_requests_per_minute => 3));
+is(row($node, "SELECT ok FROM chat.test_server('minute')")->{ok}, JSON::PP::true,
+	'test_server makes a request');
+ask_title(untitled('u [[for=title text=Second]]', 'minute'));
 $beside->wait_for_stats(sub { $_->{completed} == 7 });
-my $late = untitled('w [[for=title text=Late]]');
+ask_title(untitled('v [[for=title text=Third]]', 'minute'));
+$beside->wait_for_stats(sub { $_->{completed} == 8 });
+my $late = untitled('w [[for=title text=Late]]', 'minute');
 ask_title($late);
-my ($four) = start(1, 'beside', 'four [[tokens=2]]');
+my ($four) = start(1, 'minute', 'four [[tokens=2]]');
 look_again();
-is($beside->stats->{requests}, 7, 'max_requests_per_minute: titles and test calls count');
-is(waiting(), 2, 'a title and a turn wait');
-$node->safe_psql('postgres', "ALTER SERVER beside OPTIONS (DROP max_requests_per_minute)");
+is($beside->stats->{requests}, 8, 'max_requests_per_minute: titles and test calls count');
+is(waiting('minute'), 2, 'a title and a turn wait');
+$node->safe_psql('postgres', "ALTER SERVER minute OPTIONS (DROP max_requests_per_minute)");
 is(wait_for_task($node, $four)->{status}, 'completed', 'they run when the limit is gone');
 wait_for($node, "SELECT title = 'Late' FROM chat.chat_session WHERE id = '$late'");
 
