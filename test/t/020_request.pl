@@ -75,8 +75,8 @@ is($request->{path}, '/v1/chat/completions', 'to the path of completions');
 is_deeply(
 	[ grep { !/^(host|accept|content-length|user-agent)$/ }
 		  sort keys %{ $request->{headers} } ],
-	[qw(authorization content-type)],
-	'with key and type in the headers');
+	[qw(accept-encoding authorization content-type)],
+	'with key and type in the headers, and no wish for compression');
 ok( !exists $request->{headers}{expect},
 	'and without a question before the body');
 
