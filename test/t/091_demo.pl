@@ -76,6 +76,26 @@ sub is_clean
 	return;
 }
 
+# Ctrl-C, as a terminal sends it, while "make check" looks for a compiler that
+# can fuzz: this one takes its time
+{
+	mkdir "$tmp/bin" or die $!;
+	foreach my $name ('clang', map { "clang-$_" } 11 .. 30)
+	{
+		append_to_file("$tmp/bin/$name", "#!/bin/sh\n: >'$tmp/looking'\nexec sleep 600\n");
+		chmod 0755, "$tmp/bin/$name";
+	}
+	local %ENV = (%clean, PATH => "$tmp/bin:$ENV{PATH}");
+	my $deps = IPC::Run::start([ "$root/test/install-deps", 'check' ],
+		'<', \undef, '>', \my $out, '2>&1', init => sub { setpgrp },
+		IPC::Run::timer($timeout));
+	wait_until('it looks', sub { -e "$tmp/looking" });
+	kill 'INT', -$deps->{KIDS}[0]{PID};
+	$deps->finish;
+	isnt($deps->full_result, 0, 'it does not go on');
+	is_clean('Ctrl-C while it looks what is missing');
+}
+
 SKIP:
 {
 	skip 'the extension is installed, not staged', 1 unless $stage;
