@@ -30,9 +30,16 @@
 static char *
 system_prompt(ChatStream *s, const ChatJob *job, ChatPromptFetch *fetch)
 {
-	return chat_prompt_build(job->owner, job->user_id, &job->session,
-							 chat_context_setting(job, "prompt"), fetch,
-							 &s->prompt_name, &s->prompt_version);
+	ChatPromptTurn turn = {
+		.owner = job->owner,
+		.user_id = job->user_id,
+		.session = &job->session,
+		.server = job->server,
+		.setting = chat_context_setting(job, "prompt"),
+		.fetch = fetch
+	};
+
+	return chat_prompt_build(&turn, &s->prompt_name, &s->prompt_version);
 }
 
 /* Sends a job back to the queue before its request, to wait for something. */

@@ -111,14 +111,14 @@ CHAT_STMT(is_first,
 /* $1 session, $2 name of a variable */
 CHAT_STMT(session_value,
 		  "SELECT CASE $2 WHEN 'title' THEN s.title"
-		  " WHEN 'environment' THEN s.server::text"
 		  " ELSE s.metadata ->> $2 END"
 		  " FROM chat.chat_session AS s WHERE s.id = $1",
 		  UUIDOID, TEXTOID);
 
 /* CHAT_VISIBLE, $4 user that is asked for or NULL */
 CHAT_STMT(find_session,
-		  "SELECT s.owner::oid, s.user_id, s.settings ->> 'prompt'"
+		  "SELECT s.owner::oid, s.user_id, s.settings ->> 'prompt',"
+		  " s.server::text"
 		  " FROM chat.chat_session AS s WHERE" CHAT_VISIBLE
 		  "AND ($4 IS NULL OR s.user_id = $4)",
 		  CHAT_VISIBLE_TYPES, TEXTOID);
@@ -254,18 +254,9 @@ check_template(const char *template, Datum *declared, int ndeclared)
 	}
 }
 
-/* What the variables of a turn are taken from. */
-typedef struct Turn
-{
-	Oid			owner;
-	const char *user_id;
-	const pg_uuid_t *session;
-	ChatPromptFetch *fetch;		/* of a worker, else NULL */
-} Turn;
-
 /* Returns what the session says of a variable, NULL if nothing. */
 static char *
-value_of_session(const Turn *turn, const char *name)
+value_of_session(const ChatPromptTurn *turn, const char *name)
 {
 	Datum		values[2];
 
@@ -296,22 +287,19 @@ today(void)
 					tm->tm_mday);
 }
 
-/* Returns the option "environment" of the server that a session uses. */
+/* Returns the option "environment" of the server that is asked. */
 static char *
-environment(const Turn *turn)
+environment(const ChatPromptTurn *turn)
 {
-	char	   *name = value_of_session(turn, "environment");
-	ChatServer *server;
+	const char *name = turn->server;
+	ChatServer *server = name && name[0] ? chat_server_load(name, true) : NULL;
 
-	if (name == NULL)
-		name = chat_server_default;
-	server = name && name[0] ? chat_server_load(name, true) : NULL;
 	return server ? server->environment : NULL;
 }
 
 /* Returns the value of a placeholder, NULL for an empty one. */
 static const char *
-value_of(const Turn *turn, const Placeholder *p)
+value_of(const ChatPromptTurn *turn, const Placeholder *p)
 {
 	if (is_variable(p, "users_information"))
 		return chat_user_information(turn->owner, turn->user_id);
@@ -328,7 +316,7 @@ value_of(const Turn *turn, const Placeholder *p)
 
 /* Returns a template with its variables replaced. */
 static char *
-expand(const Turn *turn, const char *template)
+expand(const ChatPromptTurn *turn, const char *template)
 {
 	StringInfoData out;
 	Placeholder p;
@@ -387,7 +375,7 @@ typedef struct StoredPrompt
  * once in a row.
  */
 static const StoredPrompt *
-read_stored(const Turn *turn, const char *name)
+read_stored(const ChatPromptTurn *turn, const char *name)
 {
 	static StoredPrompt last;
 	Datum		values[2];
@@ -417,7 +405,7 @@ read_stored(const Turn *turn, const char *name)
 
 /* Finds the version in use of a prompt: its template, NULL if none. */
 static char *
-find(const Turn *turn, const char *prompt, char **name, int *version)
+find(const ChatPromptTurn *turn, const char *prompt, char **name, int *version)
 {
 	char	   *template = chat_langfuse_find(prompt, turn->fetch, version);
 	const StoredPrompt *stored;
@@ -439,7 +427,7 @@ find(const Turn *turn, const char *prompt, char **name, int *version)
 
 /* Whether a turn is of its user's first session. */
 static bool
-onboarding(const Turn *turn)
+onboarding(const ChatPromptTurn *turn)
 {
 	Datum		values[3];
 
@@ -454,13 +442,13 @@ onboarding(const Turn *turn)
 
 /* Chooses the template of a turn; NULL when it wants no system prompt. */
 static char *
-choose(const Turn *turn, const char *setting, char **name, int *version)
+choose(const ChatPromptTurn *turn, char **name, int *version)
 {
 	const char *names[3];
 	int			n = 0;
 
-	if (setting)
-		names[n++] = setting;
+	if (turn->setting)
+		names[n++] = turn->setting;
 	if (onboarding(turn))
 		names[n++] = onboarding_prompt;
 	names[n++] = default_prompt;
@@ -486,19 +474,16 @@ choose(const Turn *turn, const char *setting, char **name, int *version)
  * SPI, but the caller gets text, name and context as if there were none.
  */
 char *
-chat_prompt_build(Oid owner, const char *user_id, const pg_uuid_t *session,
-				  const char *setting, ChatPromptFetch *fetch, char **name,
-				  int *version)
+chat_prompt_build(const ChatPromptTurn *turn, char **name, int *version)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	Turn		turn = {owner, user_id, session, fetch};
 	char	   *text;
 
 	*name = NULL;
 	*version = 0;
-	text = choose(&turn, setting, name, version);
+	text = choose(turn, name, version);
 	if (text)
-		text = expand(&turn, text);
+		text = expand(turn, text);
 	MemoryContextSwitchTo(caller);
 	if (*name)
 		*name = pstrdup(*name);
@@ -542,36 +527,37 @@ chat_build_system_prompt(PG_FUNCTION_ARGS)
 	Datum		values[4];
 	char	   *user = PG_ARGISNULL(0) ? NULL
 		: TextDatumGetCString(PG_GETARG_DATUM(0));
-	pg_uuid_t  *session = PG_ARGISNULL(1) ? NULL : PG_GETARG_UUID_P(1);
-	char	   *setting = NULL;
+	ChatPromptTurn turn = {.user_id = user};
 	char	   *text = NULL;
 	char	   *name;
 	int			version;
-	Oid			owner;
 	bool		visible;
 	Datum		result = (Datum) 0;
 
+	turn.session = PG_ARGISNULL(1) ? NULL : PG_GETARG_UUID_P(1);
 	chat_db_enter(&scope);
-	owner = scope.caller;
+	turn.owner = scope.caller;
 	visible = scope.user[0] == '\0' || user == NULL ||
 		strcmp(scope.user, user) == 0;
-	if (session)
+	if (turn.session)
 	{
-		values[0] = UUIDPGetDatum(session);
+		values[0] = UUIDPGetDatum(turn.session);
 		chat_db_caller(&scope, values);
 		values[3] = PG_GETARG_DATUM(0);
 		visible = chat_db_exec(&find_session, values,
 							   user ? "    " : "   n") > 0;
 		if (visible)
 		{
-			owner = chat_db_oid(0, 1);
-			user = chat_db_text(0, 2);
-			setting = chat_db_text(0, 3);
+			turn.owner = chat_db_oid(0, 1);
+			turn.user_id = chat_db_text(0, 2);
+			turn.setting = chat_db_text(0, 3);
+			turn.server = chat_db_text(0, 4);
 		}
 	}
+	if (turn.server == NULL)
+		turn.server = chat_server_default;
 	if (visible)
-		text = chat_prompt_build(owner, user, session, setting, NULL, &name,
-								 &version);
+		text = chat_prompt_build(&turn, &name, &version);
 	if (text)
 		result = SPI_datumTransfer(CStringGetTextDatum(text), false, -1);
 	chat_db_leave(&scope);

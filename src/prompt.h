@@ -13,19 +13,26 @@
 /* Declares the settings of prompts. */
 extern void chat_prompt_init(void);
 
+/* The turn that a prompt is for. */
+typedef struct ChatPromptTurn
+{
+	Oid			owner;
+	const char *user_id;		/* NULL = anonymous */
+	const pg_uuid_t *session;	/* NULL = one to come */
+	const char *server;			/* that is asked, NULL = not known */
+	const char *setting;		/* the session's "prompt", NULL = none */
+	ChatPromptFetch *fetch;		/* of a worker, else NULL; see langfuse.h */
+} ChatPromptTurn;
+
 /*
  * Builds the system prompt of a turn, between chat_db_enter() and
- * chat_db_leave(): two or three statements by key.  setting is the session's
- * setting "prompt", NULL = none.  NULL is returned when that, or else
- * chat.default_prompt, is empty: no system prompt.  *name and *version say
- * which was used, NULL and 0 the built-in one.  user_id and session may be
- * NULL.  A worker says by fetch how it goes about the prompt server, and has
- * to wait when that says so; others pass NULL.  What is returned is in the
- * caller's memory context.
+ * chat_db_leave(): two or three statements by key.  NULL is returned when the
+ * setting, or else chat.default_prompt, is empty: no system prompt.  *name and
+ * *version say which was used, NULL and 0 the built-in one.  A worker has to
+ * wait when its fetch says so.  What is returned is in the caller's memory
+ * context.
  */
-extern char *chat_prompt_build(Oid owner, const char *user_id,
-							   const pg_uuid_t *session, const char *setting,
-							   ChatPromptFetch *fetch, char **name,
+extern char *chat_prompt_build(const ChatPromptTurn *turn, char **name,
 							   int *version);
 
 /*

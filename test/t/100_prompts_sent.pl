@@ -73,4 +73,21 @@ $t = wait_for_task($node, ask($node, $none, 'x [[tokens=1]]'));
 is((sent())[0]{role}, 'user', 'a session that wants no prompt');
 is($t->{prompt_name}, undef, 'nor does its task tell one');
 
+# the environment is that of the server that is asked: the call's, or the
+# caller's default one, which the worker knows nothing of
+$node->safe_psql('postgres', server_sql($fake->port, name => 'staging', environment => 'staging')
+	  . "ALTER SERVER fake OPTIONS (ADD environment 'production');"
+	  . "SELECT chat.set_prompt('where', 'In {{environment}}')");
+my $where = create_session($node, settings => '{"prompt": "where"}')->{id};
+foreach my $case ([ 'production', '', '' ], [ 'staging', '', ", server => 'staging'" ],
+	[ 'staging', "SET chat.default_server = 'staging';", '' ])
+{
+	my ($environment, $set, $server) = @$case;
+
+	wait_for_task($node, $node->safe_psql('postgres', "$set SELECT chat.stream_chat_completion('$where', 'x [[tokens=1]]'$server)"));
+	is((sent())[0]{content}, "In $environment", "the environment of a turn: $environment $set$server");
+}
+is($node->safe_psql('postgres', "SET chat.default_server = 'staging'; SELECT chat.build_system_prompt(NULL, '$where')"),
+	'In staging', 'build_system_prompt() tells the same');
+
 done_testing();
