@@ -7,7 +7,7 @@
  * that is still the title: whoever sets one meanwhile has the last word.
  *
  * Whatever the model answers or fails to answer, a session with a question
- * gets a title: the first words of the question serve.
+ * gets a title: the first words of the question serve where there is none.
  */
 #include "postgres.h"
 
@@ -118,7 +118,10 @@ CHAT_STMT(try_session,
 		  " FOR NO KEY UPDATE SKIP LOCKED",
 		  UUIDOID);
 
-/* $1 job, $2 epoch, $3 holder, $4 title or NULL: whether it was stored */
+/*
+ * $1 job, $2 epoch, $3 holder, $4 title or NULL, $5 whether a model wrote it:
+ * whether it was stored.  First words take the place of no title.
+ */
 CHAT_STMT(store_title,
 		  "WITH gone AS ("
 		  " DELETE FROM chat.chat_job AS j WHERE j.id = $1 AND j.epoch = $2"
@@ -128,9 +131,10 @@ CHAT_STMT(store_title,
 		  " UPDATE chat.chat_session AS s SET title = $4 FROM gone"
 		  " WHERE s.id = gone.session_id AND $4 IS NOT NULL"
 		  "  AND s.title IS NOT DISTINCT FROM gone.input->>'title'"
-		  "  AND s.title IS DISTINCT FROM $4 RETURNING s.id)"
+		  "  AND s.title IS DISTINCT FROM $4"
+		  "  AND ($5 OR s.title IS NULL) RETURNING s.id)"
 		  " SELECT EXISTS (SELECT FROM session), EXISTS (SELECT FROM gone)",
-		  INT8OID, INT8OID, INT8OID, TEXTOID);
+		  INT8OID, INT8OID, INT8OID, TEXTOID, BOOLOID);
 
 /* ---------- asking ---------- */
 
@@ -326,12 +330,13 @@ notify(const ChatSide *side, const char *title)
 static bool
 store(ChatSide *side, int64 holder)
 {
-	Datum		values[4] = {UUIDPGetDatum(&side->session)};
+	Datum		values[5] = {UUIDPGetDatum(&side->session)};
 	char	   *title;
 
 	if (chat_db_exec(&try_session, values, NULL) == 0)
 		return false;
 	title = side->text ? clean(side->text) : NULL;
+	values[4] = BoolGetDatum(title != NULL);
 	values[1] = Int32GetDatum(MAX_QUESTION);
 	if (title == NULL && chat_db_exec(&first_question, values, NULL) > 0 &&
 		!chat_db_isnull(0, 1))
@@ -340,7 +345,7 @@ store(ChatSide *side, int64 holder)
 	values[1] = Int64GetDatum(side->epoch);
 	values[2] = Int64GetDatum(holder);
 	values[3] = title ? CStringGetTextDatum(title) : (Datum) 0;
-	chat_db_exec(&store_title, values, title ? "    " : "   n");
+	chat_db_exec(&store_title, values, title ? "     " : "   n ");
 	/* the title is there, told or not */
 	if (chat_db_bool(0, 1) && side->tries < MAX_LOUD &&
 		!chat_event_queue_full())

@@ -148,6 +148,15 @@ is($node->safe_psql('postgres', "SELECT chat.generate_session_title('$t')"), 't'
 $fake->open_gate('race');
 settled();
 is(title($t), 'Gated Title', 'and replaces the one of then');
+# when the model fails, there is one already: first words are no better
+foreach my $case ([ 'set by hand', 'By hand', 'By hand' ], [ 'cleared', '', 'no words [[for=title status=500]]' ])
+{
+	my ($what, $title, $want) = @$case;
+	my $id = titled('no words [[for=title status=500]]');
+	$node->safe_psql('postgres', "SELECT chat.update_session_title('$id', '$title'), chat.generate_session_title('$id')");
+	settled();
+	is(title($id), $want, "a model that fails, asked for another title than one that was $what");
+}
 is($node->safe_psql('postgres', 'SELECT chat.generate_session_title(gen_random_uuid())'),
 	'f', 'an unknown session');
 my $empty = create_session($node)->{id};
