@@ -67,20 +67,20 @@ CHAT_STMT(last_results,
 		  UUIDOID, INT4OID);
 
 /*
- * $1 session, $2 sequence: the messages from the last step boundary before
- * it, or from the newest user message if that is earlier.
+ * $1 session, $2 sequence: the messages from the step boundary at or before
+ * it on, and the newest message of the user.
  */
-CHAT_STMT(load_earlier,
+CHAT_STMT(load_step,
 		  "SELECT 1," CHAT_CONTEXT_COLUMNS
 		  " FROM chat.chat_message AS m"
-		  " WHERE m.session_id = $1 AND m.active AND m.sequence >="
-		  "  LEAST(coalesce((SELECT max(b.sequence)"
+		  " WHERE m.session_id = $1 AND m.active AND (m.sequence >="
+		  "  coalesce((SELECT max(b.sequence)"
 		  "   FROM chat.chat_message AS b"
 		  "   WHERE b.session_id = $1 AND b.active AND b.sequence <= $2"
-		  "    AND b.role <> 'tool'), $2),"
-		  "  (SELECT max(u.sequence) FROM chat.chat_message AS u"
-		  "   WHERE u.session_id = $1 AND u.active AND u.role = 'user'))"
-		  " ORDER BY m.sequence",
+		  "    AND b.role NOT IN ('tool', 'function')), $2)"
+		  " OR m.sequence = (SELECT max(u.sequence)"
+		  "   FROM chat.chat_message AS u"
+		  "   WHERE u.session_id = $1 AND u.active AND u.role = 'user'))",
 		  UUIDOID, INT8OID);
 
 /* Declares the settings of contexts. */
@@ -322,10 +322,9 @@ find_count(ChatContext *c, const SequencedRow *rows)
 
 /*
  * Reads n messages of the last result, from a row on, and puts them in order:
- * the statement brings them as its index scan does.  Returns the sequence of
- * the first.
+ * the statement brings them as its index scan does.
  */
-static int64
+static void
 read_messages(ChatContext *c, uint64 row, int n, const char *server)
 {
 	SequencedRow *rows = palloc(sizeof(SequencedRow) * Max(n, 1));
@@ -341,24 +340,59 @@ read_messages(ChatContext *c, uint64 row, int n, const char *server)
 	for (int i = 0; i < n; i++)
 		chat_context_row(&c->messages[i], rows[i].row, 2, server);
 	find_count(c, rows);
-	return n > 0 ? rows[0].sequence : 0;
+}
+
+/* True if a message belongs to the step that one before it began. */
+static bool
+is_result(const ChatMessage *m)
+{
+	return has_role(m, "tool") || has_role(m, "function");
+}
+
+/* Returns where the next step begins, behind a message. */
+static int
+next_step(const ChatContext *c, int at)
+{
+	do
+		at++;
+	while (at < c->n && is_result(&c->messages[at]));
+	return at;
+}
+
+/* True if there is a message of the user from one on. */
+static bool
+has_question(const ChatContext *c, int from)
+{
+	for (int i = from; i < c->n; i++)
+		if (has_role(&c->messages[i], "user"))
+			return true;
+	return false;
 }
 
 /*
- * True if the window of the newest messages begins within a step, or holds
- * no question.
+ * Leaves of a context that has more messages the newest most, or fewer: whole
+ * steps.  The newest message of the user and the last step always stay; true
+ * if they have to be read, from the first message that is left on.
  */
 static bool
-is_torn(const ChatContext *c)
+shrink(ChatContext *c, int64 most)
 {
-	if (c->n == 0)
-		return false;
-	if (has_role(&c->messages[0], "tool"))
-		return true;
-	for (int i = c->n - 1; i >= 0; i--)
-		if (has_role(&c->messages[i], "user"))
-			return false;
-	return true;
+	int			first = (int) (c->n - most);
+	bool		found;
+
+	if (is_result(&c->messages[first]))
+		first = next_step(c, first);
+	found = has_question(c, first);
+	/* it needs room, too */
+	if (!found && c->n - first >= most && next_step(c, first) < c->n)
+		first = next_step(c, first);
+	/* of the last step not even the beginning was read */
+	if (first == c->n)
+		first = (int) (c->n - most);
+	c->messages += first;
+	c->n -= first;
+	c->cut = true;
+	return !found;
 }
 
 /* Reads the messages of a claim's sessions. */
@@ -369,14 +403,14 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	Datum	   *most = palloc(sizeof(Datum) * n);
 	Datum	   *after = palloc(sizeof(Datum) * n);
 	Datum		params[3];
-	int64	   *first = palloc0(sizeof(int64) * n);
 	int		   *counts = palloc0(sizeof(int) * n);
 	uint64		rows;
 
 	for (int i = 0; i < n; i++)
 	{
 		ids[i] = UUIDPGetDatum(&jobs[i].session);
-		most[i] = Int64GetDatum(wanted_messages(&jobs[i]));
+		/* one more shows that there are more */
+		most[i] = Int64GetDatum(wanted_messages(&jobs[i]) + 1);
 		after[i] = Int64GetDatum(jobs[i].summary_sequence);
 	}
 	params[0] = chat_db_array(&chat_uuids, ids, n);
@@ -390,19 +424,19 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	{
 		int			i = chat_db_int32(row, 1, 0) - 1;
 
-		first[i] = read_messages(&contexts[i], row, counts[i],
-								 jobs[i].server);
+		read_messages(&contexts[i], row, counts[i], jobs[i].server);
 		row += counts[i];
 	}
 	for (int i = 0; i < n; i++)
 	{
-		if (counts[i] < DatumGetInt64(most[i]) || !is_torn(&contexts[i]))
+		if (counts[i] < DatumGetInt64(most[i]) ||
+			!shrink(&contexts[i], DatumGetInt64(most[i]) - 1))
 			continue;
 		params[0] = ids[i];
-		params[1] = Int64GetDatum(first[i]);
-		rows = chat_db_exec(&load_earlier, params, NULL);
+		params[1] = Int64GetDatum(contexts[i].messages[0].sequence);
+		rows = chat_db_exec(&load_step, params, NULL);
 		if (rows > 0)
-			(void) read_messages(&contexts[i], 0, (int) rows, jobs[i].server);
+			read_messages(&contexts[i], 0, (int) rows, jobs[i].server);
 	}
 }
 

@@ -33,6 +33,7 @@ typedef struct ChatContext
 	/* the last request of the session that the endpoint has counted: */
 	int64		counted;		/* its tokens, 0 = there is none, */
 	int64		estimated;		/* and what they were estimated at */
+	bool		cut;			/* there are older messages, left out */
 	bool		summarized;		/* the first message is a summary */
 } ChatContext;
 

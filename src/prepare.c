@@ -85,7 +85,6 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 {
 	ChatWindowFrame frame = {.tools = tools};
 	ChatPromptFetch fetch = {false, false};
-	char	   *status;
 
 	fetch.waited = (job->waited & CHAT_WAITED_PROMPT) != 0;
 	frame.system = system_prompt(s, job, &fetch);
@@ -97,9 +96,7 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 	chat_summary_insert(job, context);
 	chat_window_fit(job, s->server, &frame, context, &s->window);
 	s->prompt_estimate = s->end.context_tokens = s->window.tokens;
-	status = chat_window_status(&s->window);
-	if (status)
-		chat_event_add(&s->log, s->context, status);
+	chat_event_add(&s->log, s->context, chat_window_status(&s->window));
 	if (!admit(s, job))
 		return;
 	if (s->window.summary_reach > 0)
@@ -214,11 +211,13 @@ record_windows(ChatStream **streams, int n)
 
 	for (int i = 0; i < n; i++)
 	{
+		const ChatWindow *w = &streams[i]->window;
+
 		/* the others have it at their end */
-		if (streams[i]->window.budget == 0)
+		if (w->budget == 0 && w->compaction == CHAT_COMPACTION_NONE)
 			continue;
 		tasks[found] = streams[i]->job.task;
-		windows[found++] = &streams[i]->window;
+		windows[found++] = w;
 	}
 	chat_window_record(tasks, windows, found);
 }

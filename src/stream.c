@@ -763,7 +763,7 @@ metadata_json(ChatStream *s, const ChatEnd *end, bool interrupted)
 	chat_append_member(&json, "model", s->model);
 	chat_append_member(&json, "finish_reason", s->finish_reason);
 	/* what the next estimate of the session is corrected by */
-	if (s->window.budget > 0)
+	if (s->window.plain > 0)
 		appendStringInfo(&json, ",\"prompt_estimate\":" INT64_FORMAT,
 						 s->window.plain);
 	if (s->reasoning.len > 0)

@@ -37,12 +37,20 @@
 /* the answer's part of the window where max_tokens is not set */
 #define MAX_RESERVE 4096
 
+/* as they stand on tasks and in events */
+static const char *const compaction_names[] = {
+	[CHAT_COMPACTION_NONE] = NULL,
+	[CHAT_COMPACTION_COLLAPSED] = "collapsed",
+	[CHAT_COMPACTION_SUMMARIZED] = "summarized",
+	[CHAT_COMPACTION_TRUNCATED] = "truncated",
+};
+
 static int	keep_recent = 15;
 
-/* arrays: $1 task, $2 tokens, $3 compaction or "" */
+/* arrays: $1 task, $2 tokens, $3 compaction or NULL */
 CHAT_STMT(record_windows,
 		  "UPDATE chat.chat_task AS t"
-		  " SET context_tokens = u.tokens, compaction = NULLIF(u.compaction, '')"
+		  " SET context_tokens = u.tokens, compaction = u.compaction"
 		  " FROM unnest($1, $2, $3) AS u (id, tokens, compaction)"
 		  " WHERE t.id = u.id",
 		  UUIDARRAYOID, INT8ARRAYOID, TEXTARRAYOID);
@@ -179,6 +187,13 @@ measure(Fit *f)
 
 /* ---------- making it fit ---------- */
 
+/* Notes what was done. */
+static void
+note(ChatWindow *w, ChatCompaction what)
+{
+	w->compaction = Max(w->compaction, what);
+}
+
 /* Replaces old outputs of tools by a marker, the oldest first. */
 static void
 collapse(Fit *f)
@@ -193,7 +208,7 @@ collapse(Fit *f)
 								  m->content.len));
 		m->parts.data = NULL;
 		f->tokens[i] = message_tokens(m);
-		f->window->compaction = "collapsed";
+		note(f->window, CHAT_COMPACTION_COLLAPSED);
 		if (fits(f))
 			return;
 	}
@@ -232,7 +247,7 @@ truncate_steps(Fit *f)
 		{
 			for (int i = start; i < end; i++)
 				f->left_out[i] = true;
-			f->window->compaction = "truncated";
+			note(f->window, CHAT_COMPACTION_TRUNCATED);
 			if (fits(f))
 				return;
 		}
@@ -290,7 +305,9 @@ chat_window_fit(const ChatJob *job, const ChatServer *server,
 							  context->estimated) > window->budget;
 	measure(&f);
 	if (context->summarized)
-		window->compaction = "summarized";
+		note(window, CHAT_COMPACTION_SUMMARIZED);
+	if (context->cut)
+		note(window, CHAT_COMPACTION_TRUNCATED);
 	if (fits(&f) || window->frame_too_large)
 		return;
 	collapse(&f);
@@ -313,18 +330,24 @@ chat_window_status(const ChatWindow *w)
 {
 	StringInfoData json;
 
-	if (w->budget == 0)
-		return NULL;
 	initStringInfo(&json);
 	appendStringInfo(&json, "{\"type\":\"data-status\",\"data\":{\"phase\":\"%s\""
-					 ",\"contextTokens\":" INT64_FORMAT
-					 ",\"contextBudget\":" INT64_FORMAT,
+					 ",\"contextTokens\":" INT64_FORMAT,
 					 w->summary_reach > 0 ? "summarizing" : "request",
-					 w->tokens, w->budget);
-	if (w->compaction)
-		chat_append_member(&json, "compaction", w->compaction);
+					 w->tokens);
+	if (w->budget > 0)
+		appendStringInfo(&json, ",\"contextBudget\":" INT64_FORMAT,
+						 w->budget);
+	chat_append_member(&json, "compaction", compaction_names[w->compaction]);
 	appendStringInfoString(&json, "},\"transient\":true}");
 	return json.data;
+}
+
+/* Returns what was done, as a task has it: NULL for nothing. */
+static Datum
+compaction_text(const ChatWindow *w)
+{
+	return chat_db_text_or_null(compaction_names[w->compaction]);
 }
 
 /* Records on tasks what their windows are. */
@@ -340,8 +363,7 @@ chat_window_record(const pg_uuid_t *tasks, const ChatWindow *const *windows,
 		return;
 	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&tasks[i]));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(windows[i]->tokens));
-	CHAT_DB_COLUMN(chat_texts, CStringGetTextDatum(windows[i]->compaction
-												   ? windows[i]->compaction : ""));
+	CHAT_DB_COLUMN(chat_texts, compaction_text(windows[i]));
 	chat_db_exec(&record_windows, params, NULL);
 }
 

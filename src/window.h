@@ -18,13 +18,22 @@ typedef struct ChatWindowFrame
 	const char *tools;			/* JSON, NULL = none */
 } ChatWindowFrame;
 
+/* What was done to make a conversation fit: what loses more is greater. */
+typedef enum ChatCompaction
+{
+	CHAT_COMPACTION_NONE,
+	CHAT_COMPACTION_COLLAPSED,	/* old outputs of tools */
+	CHAT_COMPACTION_SUMMARIZED, /* a summary stands for the oldest messages */
+	CHAT_COMPACTION_TRUNCATED	/* the oldest messages are left out */
+} ChatCompaction;
+
 /* How a request was made to fit. */
 typedef struct ChatWindow
 {
 	int64		budget;			/* tokens that it may have, 0 = not known */
 	int64		plain;			/* tokens by estimate alone, */
 	int64		tokens;			/* and corrected by what was counted */
-	const char *compaction;		/* NULL, collapsed, summarized, truncated */
+	ChatCompaction compaction;
 	int64		summary_reach;	/* > 0: messages up to it want a summary first */
 	bool		frame_too_large;	/* there is no room for any message */
 } ChatWindow;
@@ -40,7 +49,7 @@ extern void chat_window_fit(const ChatJob *job, const ChatServer *server,
 							const ChatWindowFrame *frame,
 							ChatContext *context, ChatWindow *window);
 
-/* The event that tells of it; NULL where no window is known. */
+/* The event that tells of it. */
 extern char *chat_window_status(const ChatWindow *window);
 
 /* In a claim: records on n tasks what their windows are. */

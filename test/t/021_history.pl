@@ -148,6 +148,60 @@ foreach my $most (1 .. 8)
 	is($messages->[-1]{content}, 'go [[tokens=1]]', 'and ends with the message');
 }
 
+# a limit that falls into a step shrinks to its boundary
+foreach my $case ([ 2, 'assistant:done' ], [ 4, 'assistant:done' ],
+	[ 5, 'assistant:a,b', 'tool:a', 'tool:b', 'assistant:done' ])
+{
+	my ($most, @want) = @$case;
+	my $session = create_session($node)->{id};
+
+	add($session,
+		{ role => 'user', content => 'u1' },
+		{ role => 'assistant', tool_calls => [ call('a'), call('b') ] },
+		{ role => 'tool', content => 'ra', tool_call_id => 'a' },
+		{ role => 'tool', content => 'rb', tool_call_id => 'b' },
+		{ role => 'assistant', content => 'done' });
+	is_deeply(
+		brief(sent($session, 'go [[tokens=1]]', options => encode({ max_context_messages => $most }))),
+		[ @want, 'user:go [[tokens=1]]' ],
+		"of $most messages those that are whole steps are sent");
+}
+# the newest question and the last step stay; the steps between are those that
+# the limit leaves room for
+foreach my $case ([ 1, 's6' ], [ 3, 's6' ], [ 4, 's6' ], [ 5, 's5', 's6' ],
+	[ 8, 's4', 's5', 's6' ])
+{
+	my ($most, @steps) = @$case;
+	my $session = create_session($node, settings => encode({ max_context_messages => $most }))->{id};
+
+	add($session,
+		{ role => 'user', content => 'before' },
+		{ role => 'assistant', content => 'ok' },
+		{ role => 'user', content => 'question [[tokens=1]]' },
+		map { (
+			{ role => 'assistant', tool_calls => [ call("s$_") ] },
+			{ role => 'tool', content => "r$_", tool_call_id => "s$_" }) } 1 .. 6);
+	is_deeply(
+		brief(sent($session, undef)),
+		[ 'user:question [[tokens=1]]', map { ("assistant:$_", "tool:$_") } @steps ],
+		"T56: of a long task with $most messages the question and the newest steps are sent");
+}
+# a step that alone has more
+{
+	my $session = create_session($node, settings => encode({ max_context_messages => 2 }))->{id};
+	my @calls = map { "p$_" } 1 .. 4;
+
+	add($session,
+		{ role => 'user', content => 'question [[tokens=1]]' },
+		{ role => 'assistant', content => 'first' },
+		{ role => 'assistant', tool_calls => [ map { call($_) } @calls ] },
+		map { { role => 'tool', content => "r$_", tool_call_id => $_ } } @calls);
+	is_deeply(
+		brief(sent($session, undef)),
+		[ 'user:question [[tokens=1]]', 'assistant:' . join(',', @calls), map { "tool:$_" } @calls ],
+		'T51: the last step stays whole');
+}
+
 # T51: a call without a result, a result without a call, the wrong order
 $id = create_session($node)->{id};
 add(

@@ -153,7 +153,7 @@ foreach my $turn ($plain, $byte, $unknown)
 	is_deeply(
 		[ grep { !/metadata/ } types_of(@{ $turn->{events} }) ],
 		[
-			qw(start start-step text-start text-delta text-end
+			qw(start start-step data-status text-start text-delta text-end
 			  finish-step finish)
 		],
 		'and the events of a stream');

@@ -59,7 +59,8 @@ check_stream($notes, $turn, 'short');
 is_deeply(
 	[ types_of(map { $_->{event} } @$notes) ],
 	[
-		qw(start start-step reasoning-start reasoning-delta reasoning-end
+		qw(start start-step data-status
+		  reasoning-start reasoning-delta reasoning-end
 		  text-start text-delta text-end finish-step message-metadata finish)
 	],
 	'blocks open and close');
@@ -144,11 +145,12 @@ is(row($node, "SELECT (chat.get_task('$unknown')).id")->{id},
 	undef, 'get_task of an unknown task is NULL');
 is_deeply([ events($node, $unknown) ], [], 'and it has no events');
 
-# start and start-step commit with the claim, before the request leaves
+# start, start-step and data-status commit with the claim, before the request
+# leaves
 $task = ask($node, create_session($node)->{id}, '[[tokens=1 gatehead=head]]');
 $fake->wait_at_gate('head');
 is_deeply([ types_of(stored_events($node, $task)) ],
-	[qw(start start-step)], 'start and start-step are there before the answer');
+	[qw(start start-step data-status)], 'start, start-step and data-status are there before the answer');
 is( row($node, <<"EOF")->{count}, 1, 'stored by the transaction of the claim');
 SELECT count(DISTINCT x) FROM (
 	SELECT xmin::text AS x FROM chat.chat_event WHERE task_id = '$task'

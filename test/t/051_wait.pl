@@ -215,7 +215,7 @@ $fake->wait_at_gate('stay');
 
 # within a transaction each call sees what is new
 $query = start_query(
-	"BEGIN; SELECT 1; SELECT payload->>'type' FROM chat.wait_task_events('$task', 2, max_rows => 1); COMMIT");
+	"BEGIN; SELECT 1; SELECT payload->>'type' FROM chat.wait_task_events('$task', 3, max_rows => 1); COMMIT");
 sleeper('wait_task_events');
 $fake->open_gate('stay');
 like(finish_query($query), qr/text-start/,

@@ -71,6 +71,31 @@ cmp_ok($t->{context_tokens}, '<', 1100, 'what came since is estimated');
 is_deeply([ (statuses($task))[0]{contextTokens}, (statuses($task))[0]{contextBudget} ],
 	[ $t->{context_tokens}, 1800 ], 'the same in the event');
 
+# where no window is known the estimate is told, too, and corrected likewise
+$s = create_session($node, server => 'unknown')->{id};
+wait_for_task($node, ask($node, $s, 'first [[tokens=3 prompt_tokens=1000]]'));
+$task = ask($node, $s, 'second [[tokens=3]]');
+$t = wait_for_task($node, $task);
+cmp_ok($t->{context_tokens}, '>', 1000, 'without a known window what was counted is exact, too');
+cmp_ok($t->{context_tokens}, '<', 1100, 'and what came since is estimated');
+is_deeply([ statuses($task) ], [ { phase => 'request', contextTokens => $t->{context_tokens} } ],
+	'and listeners are told how large the request is');
+
+# what max_context_messages leaves out is said to be
+$s = create_session($node, server => 'unknown')->{id};
+chatter($s, 1, 9);
+foreach my $case ([ 10, undef ], [ 9, 'truncated' ])
+{
+	my ($most, $compaction) = @$case;
+	my $id = row($node, "SELECT id FROM chat.fork_chat_session('$s')")->{id};
+
+	$task = ask($node, $id, 'q [[tokens=1]]', options => encode({ max_context_messages => $most }));
+	$t = wait_for_task($node, $task);
+	is(scalar(sent()), $most, "ten messages, of which $most are sent");
+	is($t->{compaction}, $compaction, 'the task says whether any was left out');
+	is((statuses($task))[0]{compaction}, $compaction, 'so does the event');
+}
+
 # a picture has a size of its own
 $s = create_session($node)->{id};
 append($s, [ 'user', undef, { parts => [ { type => 'image_url', image_url => { url => 'data:image/png;base64,' . 'iVBORw0K' x 5000 } } ] } ],
