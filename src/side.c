@@ -8,8 +8,10 @@
  * orphan that is made again.  None of them waits for an application: a
  * session that somebody holds locked gets its result later.
  *
- * A request to an LLM endpoint counts there like a turn's (throttle.c), but
- * turns go first.
+ * A request to an LLM endpoint counts there like a turn's (throttle.c).  One
+ * that a turn waits for (a summary) goes like that turn, which had its claim
+ * already: before the turns that come after.  Those that nobody waits for
+ * (titles) let all others go first, and only so many are under way at a time.
  */
 #include "postgres.h"
 
@@ -56,13 +58,21 @@ static dlist_head asked = DLIST_STATIC_INIT(asked); /* not yet committed */
 static int64 look_at = PG_INT64_MAX;
 static bool refused = false;
 static bool contended = false;
+static bool urgent = false;		/* turns may wait for some of them */
 
 #define WAITING(db) \
 	" j.holder IS NULL AND j.kind IN ('title', 'summary') AND j.database = " db
 
+/* $1 jobs of one server that wait, the first ones: for them turns wait, or not */
+#define FIRST(condition, most) \
+	" (SELECT j.id, j.priority FROM chat.chat_job AS j WHERE" WAITING("$1") \
+	"  AND j.server = b.server AND j.run_at <= now() AND j.priority " \
+	condition " ORDER BY j.priority, j.id LIMIT " most ")"
+
 /*
- * $1 database, $2 most of each server, $3 whether titles, too: jobs that wait,
- * and whether turns wait for the same server
+ * $1 database, $2 most of each server that turns wait for, $3 of others: jobs
+ * that wait, whether a turn waits for them, and whether turns wait for the
+ * same server
  */
 CHAT_STMT(list_sides,
 		  "WITH RECURSIVE place (server) AS ("
@@ -72,18 +82,16 @@ CHAT_STMT(list_sides,
 		  " SELECT n.server FROM place AS p CROSS JOIN LATERAL"
 		  "  (SELECT j.server FROM chat.chat_job AS j WHERE" WAITING("$1")
 		  "   AND j.server > p.server ORDER BY j.server LIMIT 1) AS n)"
-		  " SELECT c.id, b.server::text, b.behind"
+		  " SELECT c.id, b.server::text, c.priority < " CHAT_SIDE_IDLE ","
+		  "  b.behind"
 		  " FROM (SELECT p.server, EXISTS (SELECT FROM chat.chat_job AS t"
 		  "   WHERE t.holder IS NULL AND t.kind = 'completion'"
 		  "    AND NOT t.parked AND t.database = $1 AND t.server = p.server"
 		  "    AND t.run_at <= now()) AS behind FROM place AS p OFFSET 0) AS b"
-		  " CROSS JOIN LATERAL (SELECT j.id, j.priority"
-		  "  FROM chat.chat_job AS j WHERE" WAITING("$1")
-		  "   AND j.server = b.server AND j.run_at <= now()"
-		  "   AND (j.kind <> 'title' OR $3)"
-		  "  ORDER BY j.priority, j.id LIMIT $2) AS c"
+		  " CROSS JOIN LATERAL (" FIRST("< " CHAT_SIDE_IDLE, "$2")
+		  "  UNION ALL" FIRST(">= " CHAT_SIDE_IDLE, "$3") ") AS c"
 		  " ORDER BY c.priority, c.id",
-		  OIDOID, INT4OID, BOOLOID);
+		  OIDOID, INT4OID, INT4OID);
 
 /* $1 holder, $2 jobs */
 CHAT_STMT(claim_sides,
@@ -289,39 +297,73 @@ count_idle(void)
 	return n;
 }
 
-/*
- * Lists jobs that may be taken now, up to most; returns how many.  Nobody
- * waits for a title: only so many are under way at a time.
- */
+/* A job that waits, as list_sides tells it. */
+typedef struct Candidate
+{
+	Datum		id;
+	const char *server;
+	bool		awaited;		/* by a turn */
+	bool		behind;			/* turns wait for the server */
+} Candidate;
+
+/* Lists the jobs that wait, the first ones first; returns how many. */
+static int
+list(int most, Candidate **found)
+{
+	int			titles = Max(MAX_TITLES - count_idle(), 0);
+	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId),
+	Int32GetDatum(most), Int32GetDatum(Min(most, titles))};
+	int			n = (int) chat_db_exec(&list_sides, values, NULL);
+	Candidate  *jobs = palloc(sizeof(Candidate) * Max(n, 1));
+	int			kept = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		Candidate  *c = &jobs[kept];
+
+		c->id = Int64GetDatum(chat_db_int64(i, 1, 0));
+		c->server = chat_db_text(i, 2);
+		c->awaited = chat_db_bool(i, 3);
+		c->behind = chat_db_bool(i, 4);
+		/* so many titles of all servers */
+		kept += c->awaited || titles-- > 0;
+	}
+	*found = jobs;
+	return kept;
+}
+
+/* Chooses the jobs that are taken now, up to most; returns how many. */
 static int
 choose(int most, Datum *ids)
 {
-	int			titles = MAX_TITLES - count_idle();
-	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId),
-		Int32GetDatum(titles > 0 ? Min(most, titles) : most),
-	BoolGetDatum(titles > 0)};
-	int			found = (int) chat_db_exec(&list_sides, values, NULL);
-	Datum	   *jobs = palloc(sizeof(Datum) * Max(found, 1));
-	const char **servers = palloc(sizeof(char *) * Max(found, 1));
-	bool	   *behind = palloc(Max(found, 1));
 	int64		now = chat_stream_clock();
+	Candidate  *jobs;
+	int			found = list(most, &jobs);
 	int			n = 0;
 
-	for (int i = 0; i < found; i++)
-	{
-		jobs[i] = Int64GetDatum(chat_db_int64(i, 1, 0));
-		servers[i] = chat_db_text(i, 2);
-		behind[i] = chat_db_bool(i, 3);
-	}
-	most = DatumGetInt32(values[1]);
+	urgent = false;
+	chat_throttle_look();
 	for (int i = 0; i < found && n < most; i++)
 	{
-		if (chat_throttle_admit(servers[i], behind[i], now, &contended))
-			ids[n++] = jobs[i];
+		const Candidate *c = &jobs[i];
+
+		if (chat_throttle_admit(c->server, c->awaited, c->behind, now,
+								&contended))
+			ids[n++] = c->id;
 		else
+		{
 			refused = true;
+			urgent |= c->awaited;
+		}
 	}
 	return n;
+}
+
+/* True if a turn waits for a request that has found no room. */
+bool
+chat_side_is_urgent(void)
+{
+	return urgent;
 }
 
 /* Takes jobs that wait; returns how many. */
@@ -635,6 +677,8 @@ chat_side_stored(bool committed)
 			continue;
 		if (committed && s->stored)
 		{
+			/* there may be more of it */
+			urgent |= s->job != 0 && !s->type->idle;
 			dlist_delete(&s->node);
 			free_side(s);
 		}

@@ -19,6 +19,9 @@
 #include "utils/timestamp.h"
 #include "utils/uuid.h"
 
+/* priority of the jobs that nobody waits for: titles; a turn waits for others */
+#define CHAT_SIDE_IDLE "10"
+
 typedef struct ChatSide ChatSide;
 
 /* What one kind of request does; each runs in a transaction. */
@@ -87,6 +90,12 @@ extern void chat_side_register(const ChatSideType *type);
 
 /* In a transaction: takes up to most jobs that wait; returns how many. */
 extern int	chat_side_claim(int64 holder, int most);
+
+/*
+ * True if a turn waits for a request that has found no room at its server: it
+ * is to be claimed before other turns.
+ */
+extern bool chat_side_is_urgent(void);
 
 /* In a transaction: asks for something that has no job; fields to be set. */
 extern ChatSide *chat_side_add(const ChatSideType *type);

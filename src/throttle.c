@@ -9,8 +9,9 @@
  *
  * A claim first sets requests aside (reserve), so that two workers together
  * do not exceed a limit; what did not start is given back.  Requests beside
- * the turns (titles, summaries, chat.test_server) take what turns have left:
- * one at a time, and none while a turn waits for the same server.
+ * the turns are set aside one at a time: titles, and chat.test_server, from
+ * what turns have left, and titles none while a turn waits for the same
+ * server; summaries, for which turns wait, before the turns that come after.
  *
  * A 429 closes its server for the time that it asks for, else for a delay
  * that doubles with each.  Then one request is let through, and with each
@@ -62,6 +63,8 @@ static int	mine_open[CHAT_MAX_ENDPOINTS];
 static int	mine_unanswered[CHAT_MAX_ENDPOINTS];
 static int	reserved[CHAT_MAX_ENDPOINTS];
 static int64 reserved_at;
+/* what requests are owed that turns wait for, beside the turns */
+static int	owed[CHAT_MAX_ENDPOINTS];
 static bool limits_valid = false;
 
 /* ---------- the table ---------- */
@@ -265,7 +268,7 @@ chat_throttle_reserve(int most, ChatRoom *room)
 
 		if (e->database != MyDatabaseId || !is_limited(e))
 			continue;
-		set_aside(i, room_of(e, most, now), now);
+		set_aside(i, Max(room_of(e, most + owed[i], now) - owed[i], 0), now);
 		if (reserved[i] == most)
 			continue;
 		room->servers[room->n] = pstrdup(NameStr(e->name));
@@ -274,14 +277,20 @@ chat_throttle_reserve(int most, ChatRoom *room)
 	LWLockRelease(chat_shared->lock);
 }
 
+/* Begins a look at the requests beside the turns that wait. */
+void
+chat_throttle_look(void)
+{
+	memset(owed, 0, sizeof(owed));
+}
+
 /*
  * Sets one request beside the turns aside; false if its server has no room
- * now, or turns wait for it (behind).  What was refused may be free at once
- * when it is only set aside by another worker's claim: that is added to
- * contended.
+ * now, or turns go first.  What was refused may be free at once when it is
+ * only set aside by another worker's claim: that is added to contended.
  */
 bool
-chat_throttle_admit(const char *server, bool behind, int64 now,
+chat_throttle_admit(const char *server, bool awaited, bool behind, int64 now,
 					bool *contended)
 {
 	bool		room = true;
@@ -297,11 +306,13 @@ chat_throttle_admit(const char *server, bool behind, int64 now,
 		if (e->database != MyDatabaseId || !is_limited(e) ||
 			strcmp(NameStr(e->name), server) != 0)
 			continue;
-		room = !behind && room_of(e, 1, now) > 0;
+		room = (awaited || !behind) && room_of(e, 1, now) > 0;
 		if (room)
 			set_aside(i, 1, now);
 		else
 			*contended |= e->reserved > reserved[i];
+		if (awaited && !room)
+			owed[i]++;
 		break;
 	}
 	LWLockRelease(chat_shared->lock);

@@ -28,9 +28,15 @@ typedef struct ChatRoom
 extern void chat_throttle_reserve(int most, ChatRoom *room);
 extern void chat_throttle_settle(void);
 
-/* The same for one request beside the turns, behind those that wait. */
-extern bool chat_throttle_admit(const char *server, bool behind, int64 now,
-								bool *contended);
+/*
+ * The same for requests beside the turns: first forget what was asked for
+ * before, then ask for one after the other.  What is refused to one that a
+ * turn waits for (awaited) is kept free of turns until the next look; one
+ * that nobody waits for is refused while turns wait (behind).
+ */
+extern void chat_throttle_look(void);
+extern bool chat_throttle_admit(const char *server, bool awaited, bool behind,
+								int64 now, bool *contended);
 
 /* Tell of a stream's request: it starts, content has come, it has ended. */
 extern void chat_throttle_start(ChatStream *stream);

@@ -37,7 +37,6 @@
 /* a title's tokens, and its characters */
 #define MAX_TOKENS 20
 #define MAX_LENGTH 50
-#define PRIORITY "10"
 /* after so many failures to store one nobody is told of it */
 #define MAX_LOUD 3
 
@@ -62,7 +61,7 @@ CHAT_STMT(queue_titles,
 		  "INSERT INTO chat.chat_job (kind, session_id, server, owner,"
 		  "  database, priority, input)"
 		  " SELECT 'title', u.session, u.server::name, u.owner, $4,"
-		  "  " PRIORITY ", '{}' FROM ROWS FROM (unnest($1), unnest($2),"
+		  "  " CHAT_SIDE_IDLE ", '{}' FROM ROWS FROM (unnest($1), unnest($2),"
 		  "  unnest($3)) AS u (session, server, owner)"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
 		  "  WHERE o.session_id = u.session AND o.kind = 'title')",
@@ -72,7 +71,7 @@ CHAT_STMT(queue_titles,
 CHAT_STMT(queue_title,
 		  "INSERT INTO chat.chat_job (kind, session_id, server, owner,"
 		  "  database, priority, input)"
-		  " SELECT 'title', s.id, $2::name, $3, $4, " PRIORITY ", '{}'"
+		  " SELECT 'title', s.id, $2::name, $3, $4, " CHAT_SIDE_IDLE ", '{}'"
 		  " FROM chat.chat_session AS s WHERE s.id = $1 AND s.title IS NULL"
 		  " AND EXISTS (SELECT FROM chat.chat_message AS m"
 		  "  WHERE m.session_id = $1 AND m.role = 'user')"
@@ -99,7 +98,7 @@ CHAT_STMT(ask_title,
 		  " WHERE j.session_id = $1 AND j.kind = 'title' RETURNING j.id)"
 		  " INSERT INTO chat.chat_job (kind, session_id, server, owner,"
 		  "  database, priority, input)"
-		  " SELECT 'title', s.id, $2::name, $3, $4, " PRIORITY ","
+		  " SELECT 'title', s.id, $2::name, $3, $4, " CHAT_SIDE_IDLE ","
 		  "  jsonb_build_object('title', s.title)"
 		  " FROM chat.chat_session AS s WHERE s.id = $1"
 		  "  AND NOT EXISTS (SELECT FROM waits)",

@@ -308,7 +308,7 @@ flush(void)
 {
 	ChatFlushGuest claim;
 	bool		joint = pg_atomic_read_u32(&chat_slot->recheck) == 0 &&
-		chat_claim_join(&claim);
+		!chat_side_is_urgent() && chat_claim_join(&claim);
 
 	if (joint)
 		chat_upkeep_check_clock();
@@ -360,6 +360,9 @@ chat_worker_main(Datum slot)
 			chat_claim_adopt();
 		if (chat_due.check <= now)
 			check_times(now);
+		/* before a claim: turns wait for these */
+		if (chat_side_due() <= now)
+			chat_errand_store_sides();
 		if (chat_flush_due() <= now)
 			flush();
 		if (chat_due.turns)
@@ -368,6 +371,8 @@ chat_worker_main(Datum slot)
 		if (chat_claim_due() <= now &&
 			pg_atomic_read_u32(&chat_slot->recheck) == 0)
 		{
+			if (chat_side_is_urgent() && chat_recheck_may_claim())
+				chat_errand_run_sides();
 			chat_upkeep_check_clock();
 			chat_claim_run();
 		}
@@ -381,8 +386,6 @@ chat_worker_main(Datum slot)
 			chat_errand_store_tools();
 		if (chat_due.sides && chat_recheck_may_claim())
 			chat_errand_run_sides();
-		if (chat_side_due() <= now)
-			chat_errand_store_sides();
 		if (chat_due.beat <= now)
 			chat_upkeep_beat(now);
 		chat_work_reset();
