@@ -60,8 +60,8 @@ admit(ChatStream *s, const ChatJob *job)
 	const ChatWindow *w = &s->window;
 	int64		most = chat_window_limit(job, "max_tokens_per_task",
 										 s->server->max_tokens_per_task);
+	int			limit_of_day = chat_usage_limit(job->owner);
 	int64		used;
-	int			limit_of_day;
 
 	if (w->frame_too_large)
 		chat_stream_fail(s, CHAT_ERROR_CONTEXT_LENGTH_EXCEEDED, false, 0,
@@ -71,7 +71,7 @@ admit(ChatStream *s, const ChatJob *job)
 		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0,
 						 psprintf("the task has used " INT64_FORMAT " tokens and would use " INT64_FORMAT " more, max_tokens_per_task is " INT64_FORMAT,
 								  job->tokens, w->tokens, most));
-	else if (chat_usage_is_over(&job->session, &used, &limit_of_day))
+	else if (chat_usage_is_over(&job->session, limit_of_day, &used))
 		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0,
 						 psprintf("the user's tokens of this day are used up: " INT64_FORMAT " of %d",
 								  used, limit_of_day));

@@ -29,6 +29,7 @@
 #include "stream.h"
 #include "throttle.h"
 #include "tokens.h"
+#include "usage.h"
 
 /* longest time of a request, in ms */
 #define MAX_TIME 30000
@@ -240,10 +241,12 @@ read_side(uint64 row)
 	return s;
 }
 
-/* Reads the endpoint and the key, builds the body. */
+/* Reads the endpoint and the key, builds the body; may it be sent at all? */
 static void
 prepare_completion(ChatSide *s)
 {
+	int64		used;
+
 	if (s->crashes >= MAX_CRASHES)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
@@ -253,6 +256,10 @@ prepare_completion(ChatSide *s)
 	s->server = chat_server_load(s->server_name, false);
 	chat_server_check(s->server_name, s->owner, "any");
 	s->key = chat_server_key(s->server, s->owner);
+	if (chat_usage_is_over(&s->session, chat_usage_limit(s->owner), &used))
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("the user's tokens of this day are used up")));
 	s->type->prepare(s);
 }
 

@@ -6,15 +6,38 @@
  * side.c's.  The tokens of turns stand on their tasks; the table has what no
  * task tells: titles, summaries, and the turns of sessions that are gone, so
  * that nobody gets tokens back by deleting a session.
+ *
+ * The limit is a setting like any other, so a call has that of its connection.
+ * A worker serves all roles: it reads what ALTER ROLE and ALTER DATABASE have
+ * set for the owner of a session, as a connection of that role would begin
+ * with.
  */
 #include "postgres.h"
 
+#include "access/xact.h"
+#include "miscadmin.h"
 #include "utils/guc.h"
 
 #include "db.h"
 #include "usage.h"
 
+#define LIMIT "chat.max_tokens_per_user_per_day"
+
 static int	max_tokens = 0;
+static int	configured = 0;		/* by the server's configuration alone */
+
+/*
+ * $1 database, $2 role: what is set for them, what is more special first; see
+ * process_settings() of PostgreSQL
+ */
+CHAT_STMT(find_limit,
+		  "SELECT substr(c.entry, length('" LIMIT "=') + 1)"
+		  " FROM pg_catalog.pg_db_role_setting AS s"
+		  " CROSS JOIN LATERAL unnest(s.setconfig) AS c (entry)"
+		  " WHERE s.setdatabase IN ($1, 0) AND s.setrole IN ($2, 0)"
+		  "  AND lower(c.entry) LIKE '" LIMIT "=%'"
+		  " ORDER BY s.setrole = 0, s.setdatabase = 0 LIMIT 1",
+		  OIDOID, OIDOID);
 
 /* $1 session: what its user has used since midnight, UTC */
 CHAT_STMT(used_today,
@@ -49,46 +72,90 @@ CHAT_STMT(keep_usage,
 		  "  date_trunc('day', COALESCE(t.finished_at, now()), 'UTC')",
 		  UUIDOID);
 
+/*
+ * Takes what the server's configuration says of the limit; what is set for a
+ * database or a role is of higher sources.
+ */
+static bool
+check_limit(int *value, void **extra, GucSource source)
+{
+	if (source <= PGC_S_ARGV)
+		configured = *value;
+	return true;
+}
+
 /* Declares the settings of usage. */
 void
 chat_usage_init(void)
 {
-	DefineCustomIntVariable("chat.max_tokens_per_user_per_day",
+	DefineCustomIntVariable(LIMIT,
 							"Most tokens of a user of the application in a day.",
 							"Days are those of UTC; 0 is no limit.",
 							&max_tokens, 0, 0, INT_MAX,
-							PGC_SUSET, 0, NULL, NULL, NULL);
+							PGC_SUSET, 0, check_limit, NULL, NULL);
 }
 
-/* True if the user of a session has used up the day's tokens. */
+/* Reads the limit that a connection of a role would begin with. */
+static int
+read_limit(Oid owner)
+{
+	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId),
+	ObjectIdGetDatum(owner)};
+	MemoryContext old = CurrentMemoryContext;
+	int			limit = configured;
+
+	if (chat_db_exec(&find_limit, values, NULL) > 0)
+		(void) parse_int(chat_db_text(0, 1), &limit, 0, NULL);
+	MemoryContextSwitchTo(old);
+	return limit;
+}
+
+/*
+ * Returns the limit for the sessions of a role.  A claim reads it once where
+ * its turns are of the same role.
+ */
+int
+chat_usage_limit(Oid owner)
+{
+	static TransactionId read_in = InvalidTransactionId;
+	static Oid	read_of = InvalidOid;
+	static int	limit;
+	TransactionId now = GetTopTransactionIdIfAny();
+
+	if (!TransactionIdIsValid(now) || read_in != now || read_of != owner)
+		limit = read_limit(owner);
+	read_in = now;
+	read_of = owner;
+	return limit;
+}
+
+/* True if the user of a session has used that many tokens today. */
 bool
-chat_usage_is_over(const pg_uuid_t *session, int64 *used, int *most)
+chat_usage_is_over(const pg_uuid_t *session, int most, int64 *used)
 {
 	Datum		values[1] = {UUIDPGetDatum(session)};
 	MemoryContext old = CurrentMemoryContext;
 
-	*most = max_tokens;
-	if (max_tokens == 0)
+	if (most == 0)
 		return false;
 	chat_db_exec(&used_today, values, NULL);
 	*used = chat_db_int64(0, 1, 0);
 	MemoryContextSwitchTo(old);
-	return *used >= max_tokens;
+	return *used >= most;
 }
 
-/* Raises an error when the user of a session has used up the day's tokens. */
+/* Raises an error when the caller's limit is reached. */
 void
 chat_usage_check(const pg_uuid_t *session)
 {
 	int64		used;
-	int			most;
 
-	if (chat_usage_is_over(session, &used, &most))
+	if (chat_usage_is_over(session, max_tokens, &used))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("the user's tokens of this day are used up"),
-				 errdetail("They are " INT64_FORMAT "; chat.max_tokens_per_user_per_day is %d.",
-						   used, most),
+				 errdetail("They are " INT64_FORMAT "; " LIMIT " is %d.",
+						   used, max_tokens),
 				 errhint("The next day begins at midnight UTC.")));
 }
 

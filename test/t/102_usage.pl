@@ -107,13 +107,13 @@ CREATE FUNCTION public.noop() RETURNS text LANGUAGE sql AS $$ SELECT 'done' $$;
 SET chat.enable_superuser_tools = on;
 SELECT chat.register_tool('public.noop()', description => 'nothing');
 EOS
-my $steps = create_session($node, server => 'free', settings => '{"max_tokens_per_task": 600}')->{id};
+my $steps = create_session($node, server => 'free', settings => '{"max_tokens_per_task": 700}')->{id};
 $node->append_conf('postgresql.conf', 'chat.enable_superuser_tools = on');
 $node->reload;
 $fake->forget;
 $t = turn($steps, 'loop [[tool=noop args={} steps=9 prompt_tokens=250 completion_tokens=10]]');
 is($t->{error}{code}, 'limit_reached', 'a task ends between steps');
-cmp_ok($t->{prompt_tokens} + $t->{completion_tokens}, '<=', 600, 'within its budget');
+cmp_ok($t->{prompt_tokens} + $t->{completion_tokens}, '<=', 700, 'within its budget');
 is(scalar $fake->completions, 2, 'after the steps that it had room for');
 is(row($node, "SELECT count(*) AS n FROM chat.chat_message WHERE session_id = '$steps' AND role = 'tool'")->{n}, 2,
 	'whose results are stored');
@@ -187,5 +187,58 @@ $two = wait_for_task($node, $two);
 is_deeply([ $two->{status}, $two->{error}{code} ], [ 'failed', 'limit_reached' ], 'what was queued by then is refused');
 like($two->{error}{message}, qr/tokens of this day are used up: 300 of 300/, 'and says why');
 is(scalar $fake->completions, 0, 'before any request');
+
+# the worker's limit is that of the session's owner, as a connection of that
+# role would have it
+$node->safe_psql('postgres', <<'EOS');
+CREATE ROLE tenant;
+CREATE ROLE vip;
+SELECT chat.grant_usage(r::regrole) FROM unnest(ARRAY['tenant', 'vip']) AS r;
+GRANT USAGE ON FOREIGN SERVER free TO tenant, vip;
+ALTER ROLE tenant SET chat.max_tokens_per_user_per_day = 200;
+ALTER ROLE vip SET chat.max_tokens_per_user_per_day = 0;
+EOS
+
+# Uses tokens, with a turn queued behind that; returns the error of the latter.
+sub behind
+{
+	my ($owner, $tokens) = @_;
+	my $id = create_session($node, user_id => "of $owner", server => 'free', owner => $owner)->{id};
+	my $first = ask($node, $id, "one [[tokens=1 gateat=1:$owner prompt_tokens=$tokens completion_tokens=1]]");
+	$fake->wait_at_gate($owner);
+	my $second = ask($node, $id, 'two [[tokens=1 prompt_tokens=1]]');
+	$fake->open_gate($owner);
+	is(wait_for_task($node, $first)->{status}, 'completed', "tokens of $owner");
+	my $error = wait_for_task($node, $second)->{error}{message};
+	# the next one begins anew
+	$node->safe_psql('postgres', "DELETE FROM chat.chat_session WHERE id = '$id'");
+	return $error // 'none';
+}
+
+is(behind('vip', 310), 'none', 'ALTER ROLE: a role without a limit has none, whatever the server has');
+like(behind('tenant', 210), qr/: 211 of 200$/, 'ALTER ROLE: nor has one with a limit another');
+my $over = create_session($node, user_id => 'over', server => 'free', owner => 'tenant')->{id};
+turn($over, 'No more [[tokens=1 prompt_tokens=210]]');
+$fake->forget;
+is($node->safe_psql('postgres', "SELECT chat.generate_session_title('$over')"), 't', "a title is within the caller's limit");
+wait_for($node, 'SELECT count(*) = 0 FROM chat.chat_job');
+is(scalar $fake->completions, 0, "but not within the owner's: no model is asked");
+is(row($node, "SELECT left(title, 7) AS title FROM chat.chat_session WHERE id = '$over'")->{title}, 'No more', 'and first words serve');
+$node->safe_psql('postgres', 'ALTER ROLE tenant RESET ALL; ALTER DATABASE postgres SET chat.max_tokens_per_user_per_day = 250');
+is(behind('tenant', 240), 'none', 'ALTER DATABASE holds');
+like(behind('tenant', 260), qr/: 261 of 250$/, 'at once');
+$node->safe_psql('postgres', 'ALTER ROLE tenant IN DATABASE postgres SET chat.max_tokens_per_user_per_day = 270');
+is(behind('tenant', 260), 'none', 'but not for a role that has its own there');
+$node->safe_psql('postgres', 'ALTER ROLE tenant IN DATABASE postgres RESET ALL; ALTER DATABASE postgres RESET ALL;'
+	  . "ALTER DATABASE postgres SET chat.default_server = 'fake'");
+is(behind('tenant', 260), 'none', 'what is reset holds no more');
+# the worker connects as a role, too, whose settings are nobody else's
+my $super = $node->safe_psql('postgres', 'SELECT quote_ident(rolname) FROM pg_roles WHERE oid = 10');
+my $pid = wait_for_worker($node);
+$node->safe_psql('postgres', "ALTER ROLE $super SET chat.max_tokens_per_user_per_day = 5");
+kill 'TERM', $pid;
+wait_for($node, "SELECT count(*) = 1 FROM chat.worker_status() WHERE pid > 0 AND pid <> $pid");
+$node->safe_psql('postgres', "ALTER ROLE $super RESET ALL");
+is(behind('tenant', 100), 'none', "the worker's own role is not the session's owner");
 
 done_testing();
