@@ -381,7 +381,7 @@ CHAT_STMT(ring_job,
  */
 CHAT_STMT(next_seq,
 		  "WITH picked AS MATERIALIZED ("
-		  " SELECT j.id, t.id AS task, t.slot, s.channel, c.call_id"
+		  " SELECT j.id, t.id AS task, s.channel, c.call_id"
 		  " FROM chat.chat_tool_call AS c"
 		  " JOIN chat.chat_task AS t ON t.id = c.task_id AND t.run >= $2"
 		  " JOIN chat.chat_session AS s ON s.id = c.session_id"
@@ -392,8 +392,16 @@ CHAT_STMT(next_seq,
 		  " FOR UPDATE OF j SKIP LOCKED)"
 		  " UPDATE chat.chat_job AS j SET last_seq = j.last_seq + 1"
 		  " FROM picked AS p WHERE j.id = p.id"
-		  " RETURNING j.last_seq, p.task, p.slot, p.channel::text, p.call_id",
+		  " RETURNING j.last_seq, p.task, p.channel::text, p.call_id",
 		  UUIDOID, INT4OID);
+
+/*
+ * $1 task, whose job is locked: where its events go.  A statement of its own:
+ * its snapshot is taken when nobody can move them any more (retention.c).
+ */
+CHAT_STMT(find_slot,
+		  "SELECT t.slot FROM chat.chat_task AS t WHERE t.id = $1",
+		  UUIDOID);
 
 /* $1 database */
 CHAT_STMT(parked_tasks,
@@ -1260,18 +1268,23 @@ chat_turn_progress(const pg_uuid_t *operation, const char *report,
 	Int32GetDatum(chat_queue_first_run())};
 	Turn	   *t;
 	Call		c = {0};
+	int64		seq;
+	char	   *channel;
 
 	if (chat_db_exec(&next_seq, values, NULL) == 0)
 		return false;
+	seq = chat_db_int64(0, 1, 0);
+	*task = chat_db_uuid(0, 2);
+	channel = chat_db_text(0, 3);
+	c.call_id = chat_db_text(0, 4);
+	values[0] = UUIDPGetDatum(task);
+	chat_db_exec(&find_slot, values, NULL);
 	/* the batch points into its targets */
 	t = palloc0(sizeof(Turn));
-	*task = chat_db_uuid(0, 2);
 	chat_event_aim(&t->target, task,
-				   DatumGetInt16(chat_db_datum(0, 3, &(bool) {false})),
-				   chat_db_text(0, 4));
-	c.call_id = chat_db_text(0, 5);
+				   DatumGetInt16(chat_db_datum(0, 1, &(bool) {false})),
+				   channel);
 	log_progress(t, &c, report);
-	(void) chat_event_collect(batch, &t->target,
-							  chat_db_int64(0, 1, 0) - 1, &t->log);
+	(void) chat_event_collect(batch, &t->target, seq - 1, &t->log);
 	return true;
 }
