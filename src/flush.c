@@ -4,8 +4,10 @@
  *
  * A flush is deltas of all streams in one transaction that is not waited for,
  * then ends and retries in a durable one, which a claim may share: where many
- * turns end, many begin.  A stream's state advances only after the commit.  A transaction that fails is repeated stream by stream, and the
- * stream that fails alone has failed; an error of the system is waited out.
+ * turns end, many begin.  A stream's state advances only after the commit.  A
+ * transaction that fails is repeated stream by stream, without the claim, and
+ * the stream that fails alone has failed; an error of the system is waited
+ * out.
  *
  * Owns the time of the next try after an error, and in which tick the fence
  * was passed: our jobs are those that we think.  Both are local to the
