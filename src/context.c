@@ -14,6 +14,7 @@
 
 #include <math.h>
 
+#include "access/detoast.h"
 #include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "common/hashfn.h"
@@ -35,12 +36,14 @@
 
 #define NO_RESULT "no result: the call was interrupted before it ended"
 
-/* column of the metadata in the results of our statements */
+/* columns in the results of our statements */
+#define CONTEXT_CONTENT 4
 #define CONTEXT_METADATA 11
 /* among so many messages the last request that was counted is looked for */
 #define RECENT 16
 
 static int	max_context_messages = 50;
+static int	max_request_size = 32 * 1024;	/* kB */
 
 /* A row of a result, to be put in order. */
 typedef struct SequencedRow
@@ -91,6 +94,10 @@ chat_context_init(void)
 							"Most messages that a request carries.",
 							NULL, &max_context_messages, 50, 1, 100000,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("chat.max_request_size",
+							"Largest size of the messages of a request.",
+							NULL, &max_request_size, 32 * 1024, 64, 256 * 1024,
+							PGC_SIGHUP, GUC_UNIT_KB, NULL, NULL, NULL);
 }
 
 /* Returns a text datum as a piece of text, where it lies; absent when NULL. */
@@ -320,28 +327,6 @@ find_count(ChatContext *c, const SequencedRow *rows)
 	}
 }
 
-/*
- * Reads n messages of the last result, from a row on, and puts them in order:
- * the statement brings them as its index scan does.
- */
-static void
-read_messages(ChatContext *c, uint64 row, int n, const char *server)
-{
-	SequencedRow *rows = palloc(sizeof(SequencedRow) * Max(n, 1));
-
-	c->n = n;
-	c->messages = palloc(sizeof(ChatMessage) * Max(n, 1));
-	for (int i = 0; i < n; i++)
-	{
-		rows[i].row = row + i;
-		rows[i].sequence = chat_db_int64(row + i, 2, 0);
-	}
-	qsort(rows, n, sizeof(SequencedRow), compare_sequence);
-	for (int i = 0; i < n; i++)
-		chat_context_row(&c->messages[i], rows[i].row, 2, server);
-	find_count(c, rows);
-}
-
 /* True if a message belongs to the step that one before it began. */
 static bool
 is_result(const ChatMessage *m)
@@ -359,6 +344,15 @@ next_step(const ChatContext *c, int at)
 	return at;
 }
 
+/* Leaves out the messages before one. */
+static void
+skip_steps(ChatContext *c, int first)
+{
+	c->messages += first;
+	c->n -= first;
+	c->cut = true;
+}
+
 /* True if there is a message of the user from one on. */
 static bool
 has_question(const ChatContext *c, int from)
@@ -367,6 +361,59 @@ has_question(const ChatContext *c, int from)
 		if (has_role(&c->messages[i], "user"))
 			return true;
 	return false;
+}
+
+/* Returns the size of a stored message, without reading what is out of line. */
+static Size
+row_size(uint64 row)
+{
+	Size		size = 0;
+
+	for (int column = CONTEXT_CONTENT; column <= CONTEXT_METADATA; column++)
+	{
+		bool		isnull;
+		Datum		value = chat_db_datum(row, column, &isnull);
+
+		if (!isnull)
+			size += toast_raw_datum_size(value);
+	}
+	return size;
+}
+
+/*
+ * Reads n messages of the last result, from a row on, and puts them in order:
+ * the statement brings them as its index scan does.  Of what is larger than a
+ * request may be it leaves the newest steps.
+ */
+static void
+read_messages(ChatContext *c, uint64 row, int n, const char *server)
+{
+	SequencedRow *rows = palloc(sizeof(SequencedRow) * Max(n, 1));
+	Size		most = (Size) chat_context_most();
+	int			first = n;
+
+	for (int i = 0; i < n; i++)
+	{
+		rows[i].row = row + i;
+		rows[i].sequence = chat_db_int64(row + i, 2, 0);
+	}
+	qsort(rows, n, sizeof(SequencedRow), compare_sequence);
+	for (Size size = 0; first > 0; first--)
+	{
+		size += row_size(rows[first - 1].row);
+		if (size > most)
+			break;
+	}
+	c->n = n - first;
+	c->messages = palloc(sizeof(ChatMessage) * Max(c->n, 1));
+	for (int i = 0; i < c->n; i++)
+		chat_context_row(&c->messages[i], rows[first + i].row, 2, server);
+	find_count(c, rows + first);
+	c->large = first > 0;
+	if (c->large)
+		skip_steps(c, c->n > 0 && is_result(&c->messages[0])
+				   ? next_step(c, 0) : 0);
+	c->too_large = c->large && c->n == 0;
 }
 
 /*
@@ -389,10 +436,33 @@ shrink(ChatContext *c, int64 most)
 	/* of the last step not even the beginning was read */
 	if (first == c->n)
 		first = (int) (c->n - most);
-	c->messages += first;
-	c->n -= first;
-	c->cut = true;
+	skip_steps(c, first);
 	return !found;
+}
+
+/* Returns how many bytes the messages of a request may have. */
+int64
+chat_context_most(void)
+{
+	return (int64) max_request_size * 1024;
+}
+
+/*
+ * Leaves of a context what belongs into a request, as far as it was read;
+ * false if the message of the user has to be read with the steps that are
+ * left.
+ */
+static bool
+limit(ChatContext *c, int64 most)
+{
+	if (!c->large)
+		return c->n <= most || !shrink(c, most);
+	if (c->too_large || has_question(c, 0))
+		return true;
+	/* there is room for it beside the last step, or for none */
+	while (next_step(c, 0) < c->n)
+		skip_steps(c, next_step(c, 0));
+	return false;
 }
 
 /* Reads the messages of a claim's sessions. */
@@ -429,14 +499,17 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	}
 	for (int i = 0; i < n; i++)
 	{
-		if (counts[i] < DatumGetInt64(most[i]) ||
-			!shrink(&contexts[i], DatumGetInt64(most[i]) - 1))
+		ChatContext *c = &contexts[i];
+
+		if (limit(c, DatumGetInt64(most[i]) - 1))
 			continue;
 		params[0] = ids[i];
-		params[1] = Int64GetDatum(contexts[i].messages[0].sequence);
+		params[1] = Int64GetDatum(c->messages[0].sequence);
 		rows = chat_db_exec(&load_step, params, NULL);
 		if (rows > 0)
-			read_messages(&contexts[i], 0, (int) rows, jobs[i].server);
+			read_messages(c, 0, (int) rows, jobs[i].server);
+		c->cut = true;
+		c->too_large |= c->large;
 	}
 }
 

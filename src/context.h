@@ -34,6 +34,8 @@ typedef struct ChatContext
 	int64		counted;		/* its tokens, 0 = there is none, */
 	int64		estimated;		/* and what they were estimated at */
 	bool		cut;			/* there are older messages, left out */
+	bool		large;			/* because of their size, */
+	bool		too_large;		/* and what may not be left out is too large */
 	bool		summarized;		/* the first message is a summary */
 } ChatContext;
 
@@ -68,6 +70,9 @@ extern char *chat_context_request(const ChatJob *job, ChatServer *server,
 								  const ChatContext *context,
 								  const char *system, const char *tools,
 								  int *len);
+
+/* Returns how many bytes the messages of a request may have. */
+extern int64 chat_context_most(void);
 
 /* Returns a setting of a job's session as text, NULL if it has none. */
 extern char *chat_context_setting(const ChatJob *job, const char *name);

@@ -86,6 +86,13 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 	ChatWindowFrame frame = {.tools = tools};
 	ChatPromptFetch fetch = {false, false};
 
+	if (context->too_large)
+	{
+		chat_stream_fail(s, CHAT_ERROR_LIMIT_REACHED, false, 0,
+						 psprintf("the newest messages have more than the " INT64_FORMAT " bytes of chat.max_request_size",
+								  chat_context_most()));
+		return;
+	}
 	fetch.waited = (job->waited & CHAT_WAITED_PROMPT) != 0;
 	frame.system = system_prompt(s, job, &fetch);
 	if (fetch.wait)

@@ -12,7 +12,8 @@ use Test::More;
 
 my $fake = start_fake();
 my $node =
-  chat_cluster('main', conf => 'chat.max_context_messages = 8');
+  chat_cluster('main',
+	conf => "chat.max_context_messages = 8\nchat.max_request_size = 64kB");
 create_server($node, $fake);
 $node->safe_psql('postgres',
 	server_sql($fake->port, name => 'other', model => 'other-1'));
@@ -200,6 +201,51 @@ foreach my $case ([ 1, 's6' ], [ 3, 's6' ], [ 4, 's6' ], [ 5, 's5', 's6' ],
 		brief(sent($session, undef)),
 		[ 'user:question [[tokens=1]]', 'assistant:' . join(',', @calls), map { "tool:$_" } @calls ],
 		'T51: the last step stays whole');
+}
+
+# what is larger than a request may be: whole steps, and the question
+{
+	my $session = create_session($node)->{id};
+	my $large = 'x' x 25_000;
+
+	add($session,
+		{ role => 'user', content => "1 $large" },
+		{ role => 'assistant', tool_calls => [ call('l1') ] },
+		{ role => 'tool', content => $large, tool_call_id => 'l1' },
+		{ role => 'assistant', content => '2' },
+		{ role => 'user', content => "3 $large" },
+		{ role => 'assistant', content => "4 $large" });
+	is_deeply(
+		[ map { substr $_, 0, 12 } @{ brief(sent($session, 'go [[tokens=1]]')) } ],
+		[ 'assistant:2', 'user:3 xxxxx', 'assistant:4 ', 'user:go [[to' ],
+		'the newest messages are sent, from a step on');
+	is(turn_of($node, $node->safe_psql('postgres',
+			"SELECT id FROM chat.chat_task WHERE session_id = '$session'"))->{compaction},
+		'truncated', 'and the task says so');
+
+	$session = create_session($node)->{id};
+	add($session,
+		{ role => 'user', content => 'question [[tokens=1]]' },
+		map { (
+			{ role => 'assistant', tool_calls => [ call("s$_") ] },
+			{ role => 'tool', content => "$_ $large", tool_call_id => "s$_" }) } 1 .. 3);
+	is_deeply(
+		[ map { substr $_, 0, 10 } @{ brief(sent($session, undef)) } ],
+		[ 'user:quest', 'assistant:', 'tool:s3' ],
+		'T56: of a long task the question and the last step stay');
+
+	foreach my $parts (undef, [ { type => 'text', text => 'y' x 70_000 } ])
+	{
+		my $id = create_session($node)->{id};
+
+		add($id, { role => 'user', content => $parts ? 'z' : 'x' x 70_000, $parts ? (parts => $parts) : () });
+		$fake->forget;
+		my $turn = turn_of($node, ask($node, $id, undef));
+		is($turn->{status}, 'failed', 'a message that is larger than a request fails');
+		is($turn->{error}{code}, 'limit_reached', 'by a limit');
+		like($turn->{error}{message}, qr/chat\.max_request_size/, 'that is named');
+		is(scalar @{ [ $fake->requests ] }, 0, 'and nothing is sent');
+	}
 }
 
 # T51: a call without a result, a result without a call, the wrong order
