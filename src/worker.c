@@ -20,6 +20,7 @@
  */
 #include "postgres.h"
 
+#include <malloc.h>
 #include <sys/resource.h>
 
 #include "access/xact.h"
@@ -58,6 +59,10 @@
 
 /* unflushed bytes of a stream beyond which its transfer is paused */
 #define MAX_PENDING (256 * 1024)
+/* memory that is free stays with the process up to here, ... */
+#define KEEP_FREE (64 * 1024 * 1024)
+/* ... and blocks up to here come out of it, not as mappings of their own */
+#define MAX_HEAP_BLOCK (16 * 1024 * 1024)
 /* descriptors that stay free for the server's own use */
 #define RESERVED_FILES 64
 
@@ -220,6 +225,19 @@ set_limit(void)
 	chat_streams_set_limit((int) Max(Min(files, max_streams), 1));
 }
 
+/*
+ * Keeps free memory for the next tick: what a batch of answers takes would
+ * else be given back and asked for again, a page fault for each 4 kB.
+ */
+static void
+keep_memory(void)
+{
+#ifdef M_TRIM_THRESHOLD
+	(void) mallopt(M_TRIM_THRESHOLD, KEEP_FREE);
+	(void) mallopt(M_MMAP_THRESHOLD, MAX_HEAP_BLOCK);
+#endif
+}
+
 /* Connects and prepares everything that the loop works with. */
 static WaitEventSet *
 start_up(int slot)
@@ -231,6 +249,7 @@ start_up(int slot)
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
 	memcpy(&database, MyBgworkerEntry->bgw_extra, sizeof(Oid));
+	keep_memory();
 	chat_shmem_attach(slot, database);
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
 	set_options();
