@@ -471,7 +471,8 @@ BEGIN
 	RETURN 'done';
 END $$;
 EOS
-register($node, 'ann', function => 'app.leave_to_commit', timeout => '100 ms');
+# long enough to be at the commit, also on a busy machine
+register($node, 'ann', function => 'app.leave_to_commit', timeout => '1 s');
 is((call(leave_to_commit => {}))[0][0], 'tool_unknown_outcome', 'T28: one that leaves what never ends to the commit');
 wait_for($node, "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'chat tool worker'");
 pass('  its process is gone, too');
