@@ -73,6 +73,12 @@ typedef struct ChatStmt
  */
 #define CHAT_STEP_TOKENS(which) \
 	"ok." which " + COALESCE((ok.spent->>'" which "_tokens')::bigint, 0)"
+/* What its request took of the window; as it was where none was made. */
+#define CHAT_STEP_WINDOW(task) \
+	"  context_tokens = CASE WHEN ok.context > 0 THEN ok.context" \
+	"   ELSE " task ".context_tokens END," \
+	"  compaction = CASE WHEN ok.context > 0 THEN ok.compaction" \
+	"   ELSE " task ".compaction END"
 #define CHAT_STEP_USAGE(task) \
 	"CASE WHEN " task ".usage IS NULL AND ok.spent IS NULL" \
 	" THEN ok.usage::jsonb ELSE chat.add_usage(chat.add_usage(" \

@@ -103,6 +103,7 @@ build_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 	chat_summary_insert(job, context);
 	chat_window_fit(job, s->server, &frame, context, &s->window);
 	s->prompt_estimate = s->end.context_tokens = s->window.tokens;
+	s->end.compaction = chat_window_compaction(&s->window);
 	chat_event_add(&s->log, s->context, chat_window_status(&s->window));
 	if (!admit(s, job))
 		return;
@@ -192,8 +193,8 @@ chat_prepare_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 }
 
 /* Records which system prompts the requests of a claim use. */
-static void
-record_prompts(ChatStream **streams, int n)
+void
+chat_prepare_record(ChatStream **streams, int n)
 {
 	pg_uuid_t  *tasks = palloc(sizeof(pg_uuid_t) * n);
 	char	  **names = palloc(sizeof(char *) * n);
@@ -206,33 +207,4 @@ record_prompts(ChatStream **streams, int n)
 		versions[i] = streams[i]->prompt_version;
 	}
 	chat_prompt_record(tasks, names, versions, n);
-}
-
-/* Records how the requests of a claim fill their windows. */
-static void
-record_windows(ChatStream **streams, int n)
-{
-	pg_uuid_t  *tasks = palloc(sizeof(pg_uuid_t) * n);
-	const ChatWindow **windows = palloc(sizeof(ChatWindow *) * n);
-	int			found = 0;
-
-	for (int i = 0; i < n; i++)
-	{
-		const ChatWindow *w = &streams[i]->window;
-
-		/* the others have it at their end */
-		if (w->budget == 0 && w->compaction == CHAT_COMPACTION_NONE)
-			continue;
-		tasks[found] = streams[i]->job.task;
-		windows[found++] = w;
-	}
-	chat_window_record(tasks, windows, found);
-}
-
-/* Records what the requests of a claim were made of. */
-void
-chat_prepare_record(ChatStream **streams, int n)
-{
-	record_prompts(streams, n);
-	record_windows(streams, n);
 }

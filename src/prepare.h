@@ -18,7 +18,7 @@
 extern void chat_prepare_request(ChatStream *stream, const ChatJob *job,
 								 ChatContext *context, const char *tools);
 
-/* In a claim: records what the requests of its streams were made of. */
+/* In a claim: records which system prompts the requests of its streams use. */
 extern void chat_prepare_record(ChatStream **streams, int n);
 
 #endif							/* CHAT_PREPARE_H */

@@ -236,7 +236,8 @@ CHAT_STMT(lock_sessions,
  * $1 holder, $2 database, then arrays: $3 job, $4 epoch, $5 session, $6 task,
  * $7 status, $8 error, $9 has message, $10 answer id, $11 content,
  * $12 refusal, $13 tool calls, $14 function call, $15 metadata,
- * $16 prompt tokens, $17 completion tokens, $18 usage, $19 context tokens
+ * $16 prompt tokens, $17 completion tokens, $18 usage, $19 context tokens,
+ * $20 compaction
  *
  * P2: message, usage, terminal state, removal of the job and the next task's
  * job are one statement; the terminal event joins it in the transaction.
@@ -246,9 +247,10 @@ CHAT_STMT(finish_jobs,
 		  "  unnest($3), unnest($4), unnest($5), unnest($6), unnest($7),"
 		  "  unnest($8), unnest($9), unnest($10), unnest($11), unnest($12),"
 		  "  unnest($13), unnest($14), unnest($15), unnest($16), unnest($17),"
-		  "  unnest($18), unnest($19)) AS u (job, epoch, session, task, status, error,"
-		  "  has_message, answer, content, refusal, tool_calls,"
-		  "  function_call, metadata, prompt, completion, usage, context)"
+		  "  unnest($18), unnest($19), unnest($20)) AS u (job, epoch, session,"
+		  "  task, status, error, has_message, answer, content, refusal,"
+		  "  tool_calls, function_call, metadata, prompt, completion, usage,"
+		  "  context, compaction)"
 		  CHAT_FEW("$3")
 		  "), gone AS ("
 		  " DELETE FROM chat.chat_job AS j USING e"
@@ -292,8 +294,7 @@ CHAT_STMT(finish_jobs,
 		  "  completion_tokens"
 		  "   = t.completion_tokens + " CHAT_STEP_TOKENS("completion") ","
 		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
-		  "  context_tokens = COALESCE(NULLIF(ok.context, 0),"
-		  "   t.context_tokens),"
+		  CHAT_STEP_WINDOW("t") ","
 		  "  usage = " CHAT_STEP_USAGE("t")
 		  " FROM ok WHERE t.id = ok.task"
 		  /* a task that waits for the session to be free */
@@ -322,7 +323,7 @@ CHAT_STMT(finish_jobs,
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID,
 		  TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID, INT8ARRAYOID,
-		  TEXTARRAYOID, INT8ARRAYOID);
+		  TEXTARRAYOID, INT8ARRAYOID, TEXTARRAYOID);
 
 /*
  * $1 holder, then arrays: $2 job, $3 epoch, $4 run at, $5 reset, $6 last seq,
@@ -676,7 +677,7 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
 	int			n = chat_queue_lock(all, nall, ends);
 	Datum	   *values = palloc(sizeof(Datum) * nall);
-	Datum		params[19];
+	Datum		params[20];
 	int			at = 0;
 
 	if (n == 0)
@@ -700,6 +701,7 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->completion_tokens));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->usage));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->context_tokens));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->compaction));
 	chat_db_exec(&finish_jobs, params, NULL);
 	chat_queue_mark(ends, n);
 }

@@ -80,6 +80,7 @@ typedef struct ChatEnd
 	const char *function_call;	/* JSON */
 	const char *metadata;		/* JSON object, never NULL */
 	int64		context_tokens; /* estimate of the request, 0 = none was made */
+	const char *compaction;		/* how it was made to fit, NULL = it did */
 	int64		prompt_tokens;
 	int64		completion_tokens;
 	const char *usage;			/* JSON object or NULL: no request was made */

@@ -42,15 +42,18 @@ static int	operation_timeout = 600000;
  * $1 holder, $2 database, $3 most calls of a step, $4 time of an operation in
  * ms; then arrays: $5 job, $6 epoch, $7 session, $8 task, $9 answer id,
  * $10 content, $11 refusal, $12 tool calls, $13 metadata, $14 prompt tokens,
- * $15 completion tokens, $16 usage, $17 calls
+ * $15 completion tokens, $16 usage, $17 calls, $18 context tokens,
+ * $19 compaction
  */
 CHAT_STMT(park_tasks,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
 		  "  unnest($5), unnest($6), unnest($7), unnest($8), unnest($9),"
 		  "  unnest($10), unnest($11), unnest($12), unnest($13),"
-		  "  unnest($14), unnest($15), unnest($16), unnest($17))"
+		  "  unnest($14), unnest($15), unnest($16), unnest($17),"
+		  "  unnest($18), unnest($19))"
 		  "  AS u (job, epoch, session, task, answer, content, refusal,"
-		  "  tool_calls, metadata, prompt, completion, usage, calls)"
+		  "  tool_calls, metadata, prompt, completion, usage, calls,"
+		  "  context, compaction)"
 		  "), ok AS MATERIALIZED ("
 		  " SELECT e.*, j.spent, s.next_sequence, s.owner,"
 		  "  t.steps + 1 AS step,"
@@ -167,13 +170,15 @@ CHAT_STMT(park_tasks,
 		  "  completion_tokens"
 		  "   = t.completion_tokens + " CHAT_STEP_TOKENS("completion") ","
 		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
+		  CHAT_STEP_WINDOW("t") ","
 		  "  usage = " CHAT_STEP_USAGE("t")
 		  " FROM ok WHERE t.id = ok.task)"
 		  " SELECT job FROM ok",
 		  INT8OID, OIDOID, INT4OID, INT4OID, INT8ARRAYOID, INT8ARRAYOID,
 		  UUIDARRAYOID, UUIDARRAYOID, UUIDARRAYOID, TEXTARRAYOID,
 		  TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID,
-		  INT8ARRAYOID, TEXTARRAYOID, TEXTARRAYOID);
+		  INT8ARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID,
+		  TEXTARRAYOID);
 
 /* $1 holder, arrays: $2 job, $3 epoch, $4 last seq */
 CHAT_STMT(seal_jobs,
@@ -485,7 +490,7 @@ chat_turn_park(int64 holder, ChatEnd **all, int nall)
 	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
 	int			n = chat_queue_lock(all, nall, ends);
 	Datum	   *values = palloc(sizeof(Datum) * nall);
-	Datum		params[17];
+	Datum		params[19];
 	int			at = 0;
 
 	if (n == 0)
@@ -507,6 +512,8 @@ chat_turn_park(int64 holder, ChatEnd **all, int nall)
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->completion_tokens));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->usage));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->calls));
+	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->context_tokens));
+	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->compaction));
 	chat_db_exec(&park_tasks, params, NULL);
 	chat_queue_mark(ends, n);
 }

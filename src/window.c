@@ -47,14 +47,6 @@ static const char *const compaction_names[] = {
 
 static int	keep_recent = 15;
 
-/* arrays: $1 task, $2 tokens, $3 compaction or NULL */
-CHAT_STMT(record_windows,
-		  "UPDATE chat.chat_task AS t"
-		  " SET context_tokens = u.tokens, compaction = u.compaction"
-		  " FROM unnest($1, $2, $3) AS u (id, tokens, compaction)"
-		  " WHERE t.id = u.id",
-		  UUIDARRAYOID, INT8ARRAYOID, TEXTARRAYOID);
-
 /* Declares the settings of windows. */
 void
 chat_window_init(void)
@@ -338,33 +330,16 @@ chat_window_status(const ChatWindow *w)
 	if (w->budget > 0)
 		appendStringInfo(&json, ",\"contextBudget\":" INT64_FORMAT,
 						 w->budget);
-	chat_append_member(&json, "compaction", compaction_names[w->compaction]);
+	chat_append_member(&json, "compaction", chat_window_compaction(w));
 	appendStringInfoString(&json, "},\"transient\":true}");
 	return json.data;
 }
 
-/* Returns what was done, as a task has it: NULL for nothing. */
-static Datum
-compaction_text(const ChatWindow *w)
+/* Returns what was done, as a task has it. */
+const char *
+chat_window_compaction(const ChatWindow *w)
 {
-	return chat_db_text_or_null(compaction_names[w->compaction]);
-}
-
-/* Records on tasks what their windows are. */
-void
-chat_window_record(const pg_uuid_t *tasks, const ChatWindow *const *windows,
-				   int n)
-{
-	Datum	   *values = palloc(sizeof(Datum) * Max(n, 1));
-	Datum		params[3];
-	int			at = 0;
-
-	if (n == 0)
-		return;
-	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&tasks[i]));
-	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(windows[i]->tokens));
-	CHAT_DB_COLUMN(chat_texts, compaction_text(windows[i]));
-	chat_db_exec(&record_windows, params, NULL);
+	return compaction_names[w->compaction];
 }
 
 /* Returns the smaller of a setting of the session and an option. */

@@ -52,9 +52,8 @@ extern void chat_window_fit(const ChatJob *job, const ChatServer *server,
 /* The event that tells of it. */
 extern char *chat_window_status(const ChatWindow *window);
 
-/* In a claim: records on n tasks what their windows are. */
-extern void chat_window_record(const pg_uuid_t *tasks,
-							   const ChatWindow *const *windows, int n);
+/* Returns what was done, as a task has it; NULL for nothing. */
+extern const char *chat_window_compaction(const ChatWindow *window);
 
 /* Raises the smaller of a setting of the session and an option; 0 = none. */
 extern int64 chat_window_limit(const ChatJob *job, const char *setting,

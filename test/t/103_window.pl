@@ -96,6 +96,18 @@ foreach my $case ([ 10, undef ], [ 9, 'truncated' ])
 	is((statuses($task))[0]{compaction}, $compaction, 'so does the event');
 }
 
+# a task whose tools are at work tells of the request that asked for them
+$node->safe_psql('postgres', "SELECT chat.register_tool(name => 'pick', kind => 'client', shared => true)");
+$s = create_session($node, server => 'unknown')->{id};
+chatter($s, 1, 9);
+$task = ask($node, $s, 'q [[tool=pick args={} id=c1]]', options => encode({ max_context_messages => 9 }));
+wait_for($node, "SELECT status = 'waiting' FROM chat.chat_task WHERE id = '$task'");
+$node->safe_psql('postgres', "SELECT chat.cancel_task('$task')");
+$t = wait_for_task($node, $task);
+cmp_ok($t->{context_tokens}, '>', 400, 'a task that was cancelled among its calls says how large its request was');
+is($t->{compaction}, 'truncated', 'and how it was made to fit');
+$node->safe_psql('postgres', "SELECT chat.drop_tool('pick', shared => true)");
+
 # a picture has a size of its own
 $s = create_session($node)->{id};
 append($s, [ 'user', undef, { parts => [ { type => 'image_url', image_url => { url => 'data:image/png;base64,' . 'iVBORw0K' x 5000 } } ] } ],
