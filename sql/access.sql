@@ -167,7 +167,7 @@ DECLARE
 BEGIN
 	FOREACH guess IN ARRAY guesses LOOP
 		plan := '';
-		FOR line IN EXECUTE 'EXPLAIN (ANALYZE, TIMING OFF, SUMMARY OFF) ' || format(query, guess) LOOP
+		FOR line IN EXECUTE 'EXPLAIN (ANALYZE, BUFFERS OFF, TIMING OFF, SUMMARY OFF) ' || format(query, guess) LOOP
 			plan := plan || replace(line, guess, '') || E'\n';
 		END LOOP;
 		plans := plans || plan;

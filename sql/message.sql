@@ -279,7 +279,7 @@ ORDER BY a.attrelid::regclass::text, attname;
 -- what hangs on a session goes with it; events and task_id refer to nothing
 SELECT conrelid::regclass AS table, conkey.columns, confrelid::regclass AS refers_to,
 	confdeltype = 'c' AS cascades
-FROM pg_constraint, LATERAL (SELECT string_agg(attname, ', ') AS columns
+FROM pg_constraint, LATERAL (SELECT string_agg(attname, ', ' ORDER BY array_position(conkey, attnum)) AS columns
 	FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey)) AS conkey
 WHERE contype = 'f' AND connamespace = 'chat'::regnamespace AND conparentid = 0
 ORDER BY conrelid::regclass::text;

@@ -45,6 +45,8 @@
 static int	max_crashes = 3;
 
 static int	claim_backoff = 0;
+static int64 locked_until = 0;	/* no other look at what is locked before */
+static int64 apart_until = 0;	/* claims fail: ends are stored without them */
 static ChatWorkMode claim_mode = CHAT_WORK_BATCH;
 static bool crowded = false;	/* jobs wait for room: take them in turns */
 static bool cancels_due = false;	/* unclaimed jobs that shall end */
@@ -322,6 +324,14 @@ claim_committed(Claim *c)
 		chat_due.check = Min(chat_due.check, now + 1);
 }
 
+/* Doubles the time until the next look. */
+static void
+back_off(void)
+{
+	claim_backoff = Min(Max(claim_backoff * 2, CHAT_MIN_BACKOFF),
+						CHAT_MAX_BACKOFF);
+}
+
 /* Plans the next claim by what is left in the queue. */
 static void
 plan_claim(const Claim *c, int64 now)
@@ -338,9 +348,14 @@ plan_claim(const Claim *c, int64 now)
 	/* is something locked? */
 	skipped = c->wish.cancelled ? rest->cancelled && c->n == 0
 		: rest->due && c->n < c->wish.limit;
-	claim_backoff = skipped
-		? Min(Max(claim_backoff * 2, CHAT_MIN_BACKOFF), CHAT_MAX_BACKOFF) : 0;
-	chat_due.rest = skipped ? now + claim_backoff : CHAT_NEVER;
+	if (!skipped)
+		claim_backoff = locked_until = 0;
+	else if (now >= locked_until)
+	{
+		back_off();
+		locked_until = now + claim_backoff;
+	}
+	chat_due.rest = skipped ? locked_until : CHAT_NEVER;
 	if (rest->next_run != DT_NOEND)
 		chat_due.rest =
 			Min(chat_due.rest, now + 1 +
@@ -413,7 +428,7 @@ joint_undone(void *arg)
 /*
  * Lets a flush make the claim that is due, in the transaction of its ends, or
  * that would be due then, for those that come next; false if it is a special
- * one.
+ * one, or would most likely fail.
  */
 bool
 chat_claim_join(ChatFlushGuest *guest)
@@ -421,6 +436,7 @@ chat_claim_join(ChatFlushGuest *guest)
 	static Claim joint;
 
 	if (claim_mode != CHAT_WORK_BATCH || cancels_due ||
+		chat_stream_clock() < apart_until ||
 		(!chat_pace_is_busy() && chat_claim_due() > chat_stream_clock()))
 		return false;
 	memset(&joint, 0, sizeof(joint));
@@ -468,9 +484,8 @@ chat_claim_run(void)
 	claim_mode = CHAT_WORK_BATCH;
 	cancels_due = false;
 	chat_due.claim = CHAT_NEVER;
-	claim_backoff = Min(Max(claim_backoff * 2, CHAT_MIN_BACKOFF),
-						CHAT_MAX_BACKOFF);
-	chat_due.rest = chat_stream_clock() + claim_backoff;
+	back_off();
+	chat_due.rest = apart_until = chat_stream_clock() + claim_backoff;
 }
 
 /*

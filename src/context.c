@@ -39,6 +39,8 @@
 /* columns in the results of our statements */
 #define CONTEXT_CONTENT 4
 #define CONTEXT_METADATA 11
+/* a claim reads so many times the largest request, and one more */
+#define CLAIM_SIZE 2
 /* among so many messages the last request that was counted is looked for */
 #define RECENT 16
 
@@ -116,6 +118,22 @@ piece(Datum value, bool isnull)
 	return str;
 }
 
+/* Returns a jsonb datum as JSON text; absent when NULL. */
+static ChatStr
+json_text(Datum value, bool isnull)
+{
+	ChatStr		str = {NULL, 0};
+
+	if (!isnull)
+	{
+		Jsonb	   *json = DatumGetJsonbP(value);
+
+		str.data = JsonbToCString(NULL, &json->root, VARSIZE(json));
+		str.len = strlen(str.data);
+	}
+	return str;
+}
+
 /* Returns a member of an object, of a given kind, as JSON text. */
 static ChatStr
 json_piece(JsonbContainer *object, const char *name, bool array)
@@ -166,8 +184,10 @@ chat_context_row(ChatMessage *message, uint64 row, int first,
 	bool	   *nulls = palloc(sizeof(bool) * desc->natts);
 	ChatStr    *const fields[] = {
 		&message->role, &message->content, &message->name,
-		&message->tool_call_id, &message->refusal, &message->parts,
-		&message->tool_calls, &message->function_call
+		&message->tool_call_id, &message->refusal
+	};
+	ChatStr    *const json[] = {
+		&message->parts, &message->tool_calls, &message->function_call
 	};
 
 	memset(message, 0, sizeof(*message));
@@ -176,6 +196,8 @@ chat_context_row(ChatMessage *message, uint64 row, int first,
 	message->sequence = DatumGetInt64(values[first - 1]);
 	for (int i = 0; i < (int) lengthof(fields); i++)
 		*fields[i] = piece(values[first + i], nulls[first + i]);
+	for (int i = 0; i < (int) lengthof(json); i++)
+		*json[i] = json_text(values[first + 5 + i], nulls[first + 5 + i]);
 	read_metadata(message, &DatumGetJsonbP(values[first + 8])->root, server);
 	pfree(values);
 	pfree(nulls);
@@ -353,6 +375,14 @@ skip_steps(ChatContext *c, int first)
 	c->cut = true;
 }
 
+/* Leaves out all but the last step. */
+static void
+skip_to_last_step(ChatContext *c)
+{
+	while (next_step(c, 0) < c->n)
+		skip_steps(c, next_step(c, 0));
+}
+
 /* True if there is a message of the user from one on. */
 static bool
 has_question(const ChatContext *c, int from)
@@ -390,6 +420,7 @@ read_messages(ChatContext *c, uint64 row, int n, const char *server)
 {
 	SequencedRow *rows = palloc(sizeof(SequencedRow) * Max(n, 1));
 	Size		most = (Size) chat_context_most();
+	Size		size = 0;
 	int			first = n;
 
 	for (int i = 0; i < n; i++)
@@ -398,12 +429,15 @@ read_messages(ChatContext *c, uint64 row, int n, const char *server)
 		rows[i].sequence = chat_db_int64(row + i, 2, 0);
 	}
 	qsort(rows, n, sizeof(SequencedRow), compare_sequence);
-	for (Size size = 0; first > 0; first--)
+	for (; first > 0; first--)
 	{
-		size += row_size(rows[first - 1].row);
-		if (size > most)
+		Size		more = row_size(rows[first - 1].row);
+
+		if (size + more > most)
 			break;
+		size += more;
 	}
+	c->size = size;
 	c->n = n - first;
 	c->messages = palloc(sizeof(ChatMessage) * Max(c->n, 1));
 	for (int i = 0; i < c->n; i++)
@@ -460,9 +494,24 @@ limit(ChatContext *c, int64 most)
 	if (c->too_large || has_question(c, 0))
 		return true;
 	/* there is room for it beside the last step, or for none */
-	while (next_step(c, 0) < c->n)
-		skip_steps(c, next_step(c, 0));
+	skip_to_last_step(c);
 	return false;
+}
+
+/*
+ * Reads the messages from the step on that a context now begins with, and the
+ * newest one of the user.
+ */
+static void
+read_step(ChatContext *c, const ChatJob *job)
+{
+	Datum		params[2] = {UUIDPGetDatum(&job->session),
+	Int64GetDatum(c->messages[0].sequence)};
+	uint64		rows = chat_db_exec(&load_step, params, NULL);
+
+	if (rows > 0)
+		read_messages(c, 0, (int) rows, job->server);
+	c->cut = true;
 }
 
 /* Reads the messages of a claim's sessions. */
@@ -474,6 +523,7 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	Datum	   *after = palloc(sizeof(Datum) * n);
 	Datum		params[3];
 	int		   *counts = palloc0(sizeof(int) * n);
+	Size		size = 0;
 	uint64		rows;
 
 	for (int i = 0; i < n; i++)
@@ -494,7 +544,10 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	{
 		int			i = chat_db_int32(row, 1, 0) - 1;
 
-		read_messages(&contexts[i], row, counts[i], jobs[i].server);
+		contexts[i].later = size > CLAIM_SIZE * (Size) chat_context_most();
+		if (!contexts[i].later)
+			read_messages(&contexts[i], row, counts[i], jobs[i].server);
+		size += contexts[i].size;
 		row += counts[i];
 	}
 	for (int i = 0; i < n; i++)
@@ -503,12 +556,13 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 
 		if (limit(c, DatumGetInt64(most[i]) - 1))
 			continue;
-		params[0] = ids[i];
-		params[1] = Int64GetDatum(c->messages[0].sequence);
-		rows = chat_db_exec(&load_step, params, NULL);
-		if (rows > 0)
-			read_messages(c, 0, (int) rows, jobs[i].server);
-		c->cut = true;
+		read_step(c, &jobs[i]);
+		/* the message of the user has no room beside so many steps */
+		if (c->large && !c->too_large)
+		{
+			skip_to_last_step(c);
+			read_step(c, &jobs[i]);
+		}
 		c->too_large |= c->large;
 	}
 }

@@ -15,7 +15,7 @@
 /* what chat_context_row() reads, of chat.chat_message AS m */
 #define CHAT_CONTEXT_COLUMNS \
 	" m.sequence, m.role, m.content, m.name, m.tool_call_id, m.refusal," \
-	" m.parts::text, m.tool_calls::text, m.function_call::text, m.metadata "
+	" m.parts, m.tool_calls, m.function_call, m.metadata "
 
 /*
  * Reads CHAT_CONTEXT_COLUMNS of a row of the last statement, the first of
@@ -36,6 +36,8 @@ typedef struct ChatContext
 	bool		cut;			/* there are older messages, left out */
 	bool		large;			/* because of their size, */
 	bool		too_large;		/* and what may not be left out is too large */
+	Size		size;			/* of what was read */
+	bool		later;			/* the others of the claim are all it takes */
 	bool		summarized;		/* the first message is a summary */
 } ChatContext;
 

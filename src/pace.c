@@ -121,6 +121,22 @@ chat_pace_claimed(int64 begun)
 		: now + Min(1 + CLAIM_REST * (now - begun), flush_interval);
 }
 
+/* True if the next flush has something to store, beside ends that wait. */
+static bool
+has_dirty(int64 now)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &chat_streams.dirty)
+	{
+		ChatStream *s = dlist_container(ChatStream, dirty_node, iter.cur);
+
+		if (!s->ended || s->retry_end_at <= now)
+			return true;
+	}
+	return false;
+}
+
 /*
  * Returns the time before which new turns are not claimed.  Where many streams
  * share their commits, new ones share theirs, too.
@@ -131,7 +147,7 @@ chat_pace_claim(void)
 	if (chat_pace.held || chat_pace.reading)
 		return chat_pace_next();
 	/* what ends with the next flush shares its transaction */
-	return chat_pace_is_busy() && !dlist_is_empty(&chat_streams.dirty)
+	return chat_pace_is_busy() && has_dirty(chat_stream_clock())
 		? Max(claim_at, chat_pace_next()) : claim_at;
 }
 

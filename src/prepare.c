@@ -185,6 +185,11 @@ void
 chat_prepare_request(ChatStream *s, const ChatJob *job, ChatContext *context,
 					 const char *tools)
 {
+	if (context->later)
+	{
+		defer(s, 0, 0);
+		return;
+	}
 	chat_context_repair(context);
 	chat_context_close(job, context);
 	prepare(s, job, context, tools);

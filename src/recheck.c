@@ -30,6 +30,7 @@ static bool enabled = true;
 static bool paused = true;		/* until the table was read */
 static bool same_version = false;	/* library and extension fit */
 static Oid	extension;
+static int64 retry_at = 0;		/* the last look failed: not before */
 
 /* Declares the setting that says whether workers work. */
 void
@@ -53,6 +54,13 @@ bool
 chat_recheck_may_claim(void)
 {
 	return enabled && same_version && !paused;
+}
+
+/* Returns when the tables are to be looked at, CHAT_NEVER if they need not. */
+int64
+chat_recheck_due(void)
+{
+	return pg_atomic_read_u32(&chat_slot->recheck) ? retry_at : CHAT_NEVER;
 }
 
 /* The jobs that are ours, by id, and what else was read with them. */
@@ -151,10 +159,10 @@ chat_recheck_run(void)
 	if (chat_work_try("look at its jobs", false, read_held, &held))
 	{
 		pg_atomic_write_u32(&chat_slot->recheck, 1);
-		chat_due.rest = Min(chat_due.rest,
-							chat_stream_clock() + CHAT_MAX_BACKOFF);
+		retry_at = chat_stream_clock() + CHAT_MAX_BACKOFF;
 		return;
 	}
+	retry_at = 0;
 	if (held.extension != extension)
 		exit_absent();
 	set_paused(held.paused);

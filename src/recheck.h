@@ -16,6 +16,9 @@ extern void chat_recheck_start(void);
 /* Drops the streams whose job is gone, cancels those that shall end. */
 extern void chat_recheck_run(void);
 
+/* Returns when that is due, CHAT_NEVER if it is not. */
+extern int64 chat_recheck_due(void);
+
 /* True if an administrator has paused the workers. */
 extern bool chat_recheck_is_paused(void);
 

@@ -43,7 +43,6 @@ typedef struct WaitBucket
 	ConditionVariable cv;
 	pg_atomic_uint64 generation;
 	pg_atomic_uint32 readers;
-	pg_atomic_uint32 prepared;	/* a prepared transaction was to publish it */
 } WaitBucket;
 
 ChatShared *chat_shared = NULL;
@@ -133,7 +132,6 @@ startup(void)
 		ConditionVariableInit(&buckets[i].cv);
 		pg_atomic_init_u64(&buckets[i].generation, 0);
 		pg_atomic_init_u32(&buckets[i].readers, 0);
-		pg_atomic_init_u32(&buckets[i].prepared, 0);
 	}
 	LWLockRelease(AddinShmemInitLock);
 }
@@ -166,11 +164,6 @@ at_transaction_end(XactEvent event, void *arg)
 {
 	if (event == XACT_EVENT_COMMIT)
 		committed = true;
-	/* see chat_shmem_ring_prepared() */
-	if (event == XACT_EVENT_PREPARE && publish_wanted && buckets)
-		for (int i = 0; i < WAIT_BUCKETS; i++)
-			if (publish_buckets[i])
-				pg_atomic_write_u32(&buckets[i].prepared, 1);
 	if (event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
 		forget();
 }
@@ -412,8 +405,13 @@ chat_shmem_ring(Oid database, bool recheck)
 			pg_atomic_write_u32(&slot->recheck, 1);
 		if (strays_wanted)
 			pg_atomic_write_u32(&slot->strays, 1);
-		/* who has not yet looked since the last ring is awake, or will be */
-		if (pg_atomic_exchange_u32(&slot->rung, 1) == 0 || recheck)
+		/*
+		 * Who has not yet looked at the queue since the last ring is awake,
+		 * or will be; all else it may have looked at before.
+		 */
+		if (pg_atomic_exchange_u32(&slot->rung, 1) == 0 || recheck ||
+			strays_wanted || pg_atomic_read_u32(&slot->progress_due) ||
+			pg_atomic_read_u32(&slot->notices))
 			SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
 	}
 }
@@ -440,8 +438,7 @@ chat_shmem_ring_notices(Oid database)
 
 /*
  * Rings for a transaction that was prepared, maybe by another backend, and is
- * committed now: nobody knows what it did.  A bucket that one was to publish
- * is published at each COMMIT PREPARED from then on.
+ * committed now: nobody knows what it did.
  */
 void
 chat_shmem_ring_prepared(void)
@@ -451,8 +448,7 @@ chat_shmem_ring_prepared(void)
 	chat_shmem_ring(MyDatabaseId, true);
 	strays_wanted = false;
 	for (int i = 0; i < WAIT_BUCKETS; i++)
-		if (pg_atomic_read_u32(&buckets[i].prepared))
-			publish(&buckets[i]);
+		publish(&buckets[i]);
 }
 
 /* Cancels the statement of the tool worker that runs an operation. */

@@ -39,6 +39,8 @@
 #define MAX_NAME 256
 /* bytes of an answer's tool calls: storing them takes many times as much */
 #define MAX_CALLS_SIZE (1024 * 1024)
+/* bytes of its reasoning_details: what is longer is not sent back */
+#define MAX_DETAILS_SIZE (1024 * 1024)
 /* tool calls of one answer: a bound for hostile input */
 #define MAX_TOOL_INDEX 255
 /* a transfer's buffer larger than this is given back once it is consumed */
@@ -467,6 +469,15 @@ take_usage(ChatUsage *kept, const ChatUsage *told)
 		kept->reasoning = told->reasoning;
 }
 
+/* Frees a text that is given up. */
+static void
+give_up_text(StringInfo text)
+{
+	if (text->data)
+		pfree(text->data);
+	memset(text, 0, sizeof(*text));
+}
+
 /* Takes blocks of reasoning, or pieces of them, that have to be sent back. */
 static void
 take_details(ChatStream *s, ChatStr array)
@@ -479,6 +490,13 @@ take_details(ChatStream *s, ChatStr array)
 		first++;
 	if (*first == ']')
 		return;
+	s->details_size += array.len;
+	/* half of them would be worth nothing */
+	if (s->details_size > MAX_DETAILS_SIZE)
+	{
+		give_up_text(&s->details);
+		return;
+	}
 	if (s->details.len > 0)
 		appendStringInfoChar(&s->details, ',');
 	append_text(&s->details, (ChatStr) {array.data + 1, array.len - 2});
@@ -952,15 +970,6 @@ error_json(ChatStream *s, const char *code, bool retryable, int status,
 						 s->transfer->retry_after);
 	appendStringInfoChar(&json, '}');
 	return json.data;
-}
-
-/* Frees a text that is given up. */
-static void
-give_up_text(StringInfo text)
-{
-	if (text->data)
-		pfree(text->data);
-	memset(text, 0, sizeof(*text));
 }
 
 /*

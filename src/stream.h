@@ -82,6 +82,7 @@ typedef struct ChatStream
 	StringInfoData function_arguments;
 	char	   *function_name;
 	StringInfoData details;		/* elements of reasoning_details */
+	size_t		details_size;	/* bytes of them that came */
 	ChatStreamTool *tools;
 	int			ntools;
 	size_t		calls_size;		/* bytes of them so far */

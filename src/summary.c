@@ -25,6 +25,7 @@
 /* of one message, and of one tool's output, this much is shown, in characters */
 #define MAX_MESSAGE 6000
 #define MAX_OUTPUT 1500
+#define CUT " [cut]"
 /* messages that one summary reads */
 #define MAX_MESSAGES 2000
 /* what is read where no window is known, in tokens */
@@ -61,14 +62,13 @@ CHAT_STMT(queue_summary,
 	"  ELSE '[' || (p.part->>'type') || ']' END, ' ' ORDER BY p.n)" \
 	"  FROM jsonb_array_elements(m.parts) WITH ORDINALITY AS p (part, n))) "
 
-/* $1 session, $2 reach, $3 messages: the oldest first */
+/* $1 session, $2 reach, $3 messages: the oldest first; 1 more shows a cut */
 CHAT_STMT(load_summary,
-		  "SELECT m.role, left(" TEXT ","
-		  "   CASE WHEN m.role IN ('tool', 'function')"
-		  "    THEN " CppAsString2(MAX_OUTPUT)
-		  "    ELSE " CppAsString2(MAX_MESSAGE) " END),"
-		  "  left(m.tool_calls::text, " CppAsString2(MAX_OUTPUT) "),"
-		  "  s.summary, m.sequence"
+		  "SELECT m.role, left(" TEXT ", " CppAsString2(MAX_MESSAGE) " + 1),"
+		  "  left(COALESCE(m.tool_calls::text, m.function_call::text),"
+		  "   " CppAsString2(MAX_OUTPUT) " + 1),"
+		  "  s.summary, m.sequence,"
+		  "  left(m.metadata->>'context', " CppAsString2(MAX_MESSAGE) " + 1)"
 		  " FROM chat.chat_session AS s JOIN chat.chat_message AS m"
 		  "  ON m.session_id = s.id AND m.sequence > s.summary_sequence"
 		  " WHERE s.id = $1 AND m.sequence <= $2 AND m.active"
@@ -183,21 +183,41 @@ typedef struct Span
 	bool		whole;			/* none was left for a further one */
 } Span;
 
+/* Appends a column, if it is not NULL, behind a label; what is cut says so. */
+static void
+append_column(StringInfo out, const char *label, uint64 row, int column,
+			  int most)
+{
+	char	   *text = chat_db_text(row, column);
+	int			len = text ? (int) strlen(text) : 0;
+	int			kept = text ? pg_mbcharcliplen(text, len, most) : 0;
+
+	if (text)
+		appendStringInfo(out, "%s%.*s%s", label, kept, text,
+						 kept < len ? CUT : "");
+}
+
 /* Returns how a message is shown, in at most so many tokens or so. */
 static char *
 show(uint64 row, int64 most)
 {
 	char	   *role = chat_db_text(row, 1);
-	char	   *text = chat_db_text(row, 2);
-	char	   *calls = chat_db_text(row, 3);
-	char	   *shown = psprintf("%s: %s%s%s", role, text ? text : "",
-								 calls ? "\nCalls: " : "",
-								 calls ? calls : "");
-	int			len = (int) strlen(shown);
+	bool		output = strcmp(role, "tool") == 0 ||
+		strcmp(role, "function") == 0;
+	StringInfoData out;
 
-	if (chat_tokens_estimate(shown, len) > most)
-		shown[pg_mbcliplen(shown, len, (int) Min(most, len))] = '\0';
-	return shown;
+	initStringInfo(&out);
+	appendStringInfo(&out, "%s: ", role);
+	append_column(&out, "", row, 2, output ? MAX_OUTPUT : MAX_MESSAGE);
+	append_column(&out, "\nContext: ", row, 6, MAX_MESSAGE);
+	append_column(&out, "\nCalls: ", row, 3, MAX_OUTPUT);
+	if (chat_tokens_estimate(out.data, out.len) > most)
+	{
+		out.len = pg_mbcliplen(out.data, out.len, (int) Min(most, out.len));
+		out.data[out.len] = '\0';
+		appendStringInfoString(&out, CUT);
+	}
+	return out.data;
 }
 
 /*

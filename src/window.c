@@ -193,12 +193,14 @@ collapse(Fit *f)
 	for (int i = 0; i < f->last_step; i++)
 	{
 		ChatMessage *m = &f->context->messages[i];
+		size_t		size = m->parts.data ? m->parts.len : m->content.len;
 
-		if (!is_result(m) || m->content.len < MIN_COLLAPSE)
+		if (!is_result(m) || size < MIN_COLLAPSE)
 			continue;
 		m->content = str(psprintf("[The output of this call, %zu bytes, was left out to save space.]",
-								  m->content.len));
+								  size));
 		m->parts.data = NULL;
+		m->parts.len = 0;
 		f->tokens[i] = message_tokens(m);
 		note(f->window, CHAT_COMPACTION_COLLAPSED);
 		if (fits(f))
@@ -260,23 +262,17 @@ squeeze(Fit *f)
 	c->n = n;
 }
 
-/* Returns the tokens that a request may have, 0 = not known. */
+/* Returns the tokens that the window leaves to a request, 0 = not known. */
 static int64
-budget_of(const ChatJob *job, const ChatServer *server)
+room_in_window(const ChatJob *job, const ChatServer *server)
 {
 	int64		window = server->context_window;
 	char	   *text = chat_context_setting(job, "max_tokens");
 	int64		reserve = text ? strtoll(text, NULL, 10) : server->max_tokens;
-	int64		budget = 0;
 
 	if (reserve <= 0)
 		reserve = Min(MAX_RESERVE, window / 4);
-	if (window > 0)
-		budget = Max(window - reserve, 1);
-	/* the endpoint has refused a larger one */
-	if (job->shrink_to > 0)
-		budget = budget > 0 ? Min(budget, job->shrink_to) : job->shrink_to;
-	return budget;
+	return window > 0 ? Max(window - reserve, 1) : 0;
 }
 
 /* Makes the messages of a request fit, see window.h. */
@@ -286,15 +282,19 @@ chat_window_fit(const ChatJob *job, const ChatServer *server,
 				ChatWindow *window)
 {
 	Fit			f = {.context = context, .window = window};
+	int64		room = room_in_window(job, server);
 
 	memset(window, 0, sizeof(*window));
-	window->budget = budget_of(job, server);
+	window->budget = room;
+	/* the endpoint has refused a larger one */
+	if (job->shrink_to > 0 && (room == 0 || job->shrink_to < room))
+		window->budget = job->shrink_to;
 	f.frame = REQUEST_TOKENS + text_tokens(str(frame->tools));
 	if (frame->system)
 		f.frame += MESSAGE_TOKENS + text_tokens(str(frame->system));
-	window->frame_too_large = window->budget > 0 &&
+	window->frame_too_large = room > 0 &&
 		chat_tokens_calibrate(f.frame, context->counted,
-							  context->estimated) > window->budget;
+							  context->estimated) > room;
 	measure(&f);
 	if (context->summarized)
 		note(window, CHAT_COMPACTION_SUMMARIZED);

@@ -127,10 +127,13 @@ sleep_time(void)
 	due = Min(due, chat_side_due());
 	due = Min(due, chat_httptool_due());
 	due = Min(due, chat_pace_due(now));
+	due = Min(due, chat_recheck_due());
 	/* the latch alone would not do: a wait for a lock resets it, too */
 	if (ConfigReloadPending || chat_due.turns ||
 		(chat_due.tools && !chat_recheck_is_paused()) ||
 		(chat_due.sides && chat_recheck_may_claim()) ||
+		pg_atomic_read_u32(&chat_slot->progress_due) ||
+		pg_atomic_read_u32(&chat_slot->strays) ||
 		bell_is_new())
 		due = now;
 	if (http >= 0)

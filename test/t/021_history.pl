@@ -234,6 +234,29 @@ foreach my $case ([ 1, 's6' ], [ 3, 's6' ], [ 4, 's6' ], [ 5, 's5', 's6' ],
 		[ 'user:quest', 'assistant:', 'tool:s3' ],
 		'T56: of a long task the question and the last step stay');
 
+	# a question for which there is no room beside all steps that are wanted
+	$session = create_session($node)->{id};
+	add($session,
+		{ role => 'user', content => 'q' . 'x' x 40_000 },
+		map { (
+			{ role => 'assistant', tool_calls => [ call("t$_") ] },
+			{ role => 'tool', content => $_ . 'y' x 10_000, tool_call_id => "t$_" }) } 1 .. 5);
+	is_deeply(
+		[ map { substr $_, 0, 10 } @{ brief(sent($session, undef)) } ],
+		[ 'user:qxxxx', 'assistant:', 'tool:t5' ],
+		'nor does its size cost the question its answer');
+
+	# turns that are claimed together, with more than is read at once
+	my @sessions = map { create_session($node)->{id} } 1 .. 6;
+	add($_, { role => 'user', content => 'z' x 60_000 }) foreach @sessions;
+	$node->safe_psql('postgres', 'SELECT chat.pause()');
+	my @tasks = map { ask($node, $_, 'go [[tokens=1]]') } @sessions;
+	$node->safe_psql('postgres', 'SELECT chat.resume()');
+	is_deeply([ map { turn_of($node, $_)->{status} } @tasks ], [ ('completed') x 6 ], 'turns with large requests are claimed a few at a time');
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM chat.chat_event AS e JOIN chat.chat_task AS t ON t.id = e.task_id'
+			. " WHERE t.session_id IN ('" . join("', '", @sessions) . "') AND e.payload->>'type' IN ('start', 'reset-step')"), 6,
+		'each begins once');
+
 	foreach my $parts (undef, [ { type => 'text', text => 'y' x 70_000 } ])
 	{
 		my $id = create_session($node)->{id};

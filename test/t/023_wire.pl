@@ -212,7 +212,13 @@ is_deeply([ map { $_->{answer}{metadata}{reasoning_details} } @turns ],
 	[ undef, \@joined, [ map { decode($_) } @pieces ] ],
 	'blocks of reasoning are joined, a whole body has them whole, half ones do not count');
 
-# what fails, and how: code, status, words, retryable
+# of more than is kept nothing is
+@turns = turns_of({ much_reasoned => stream((chunk('"reasoning_details":[' . join(',', (1) x 100_000) . ']')) x 7, chunk('"content":"x"')) },
+	'much_reasoned');
+is_deeply([ $turns[0]{status}, $turns[0]{answer}{content}, $turns[0]{answer}{metadata}{reasoning_details} ],
+	[ 'completed', 'x', undef ], 'too many blocks of reasoning are not kept');
+
+# what fails, and how: code, status, words, retryable (undef: as libcurl has it)
 my %failures = (
 	no_content => [ "HTTP/1.1 204 No Content\r\n\r\n", 'empty_response', 204, qr/no text/, 0 ],
 	empty => [ body(''), 'empty_response', 200, qr/no text/, 0 ],
@@ -222,7 +228,7 @@ my %failures = (
 	length => [ "HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc", 'endpoint_error', 200, qr/./, 0 ],
 	short => [ "HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n$hello", 'endpoint_error', 200, qr/./, 1 ],
 	ssh => [ "SSH-2.0-OpenSSH_9\r\n", 'endpoint_error', undef, qr/HTTP/, 0 ],
-	headers => [ "HTTP/1.1 200 OK\r\n" . "X: y\r\n" x 100000, 'endpoint_error', 200, qr/./, 1 ],
+	headers => [ "HTTP/1.1 200 OK\r\n" . "X: y\r\n" x 100000, 'endpoint_error', 200, qr/./, undef ],
 	gemini => [ status(400, '[{"error":{"code":400,"message":"bad","status":"INVALID_ARGUMENT"}}]'), 'endpoint_error', 400, qr/^bad$/, 0 ],
 	azure => [ status(401, '{"statusCode":401,"message":"Access denied"}'), 'authentication_failed', 401, qr/^Access denied$/, 0 ],
 	mistral => [ status(422, '{"object":"error","message":{"detail":[{"loc":["x"],"msg":"Field required"}]},"type":"x"}'), 'endpoint_error', 422, qr/^Field required$/, 0 ],
@@ -245,6 +251,7 @@ foreach my $i (0 .. $#names)
 	my (undef, $code, $status, $words, $retryable) = @{ $failures{ $names[$i] } };
 	my $error = $turns[$i]{error};
 
+	$retryable //= $error->{retryable};
 	is_deeply([ @$error{qw(code status)}, !!$error->{retryable} ], [ $code, $status, !!$retryable ], "$names[$i]: $code")
 	  or diag(encode($error));
 	like($error->{message}, $words, '  in its words');

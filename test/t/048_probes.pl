@@ -28,6 +28,8 @@ auto_explain.log_analyze = on
 auto_explain.log_timing = off
 auto_explain.log_nested_statements = on
 chat.enable_superuser_tools = on
+chat.first_token_timeout = 600s
+chat.idle_timeout = 600s
 EOC
 create_server($node, $fake);
 $node->safe_psql('postgres', <<'EOS');

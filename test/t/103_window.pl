@@ -81,6 +81,18 @@ cmp_ok($t->{context_tokens}, '<', 1100, 'and what came since is estimated');
 is_deeply([ statuses($task) ], [ { phase => 'request', contextTokens => $t->{context_tokens} } ],
 	'and listeners are told how large the request is');
 
+# what is left free for the answer
+$node->safe_psql('postgres', server_sql($fake->port, name => "window$_", context_window => $_)) foreach 2000, 100000;
+foreach my $case ([ 2000, {}, 1500 ], [ 100000, {}, 95904 ], [ 2000, { max_tokens => 300 }, 1700 ], [ 2000, { max_tokens => 5000 }, 1 ])
+{
+	my ($window, $options, $budget) = @$case;
+
+	$s = create_session($node, server => "window$window")->{id};
+	$task = ask($node, $s, 'q [[tokens=1]]', options => encode($options));
+	wait_for_task($node, $task);
+	is((statuses($task))[0]{contextBudget}, $budget, "of $window tokens, with " . encode($options));
+}
+
 # what max_context_messages leaves out is said to be
 $s = create_session($node, server => 'unknown')->{id};
 chatter($s, 1, 9);
@@ -133,6 +145,18 @@ like($tools[0]{content}, qr/^\[The output of this call, 2800 bytes, was left out
 is($tools[2]{content}, 'x y ' x 700, 'the newest is not, it fits then');
 is($node->safe_psql('postgres', "SELECT count(*) FROM chat.chat_message WHERE session_id = '$s' AND role = 'tool' AND length(content) = 2800"),
 	3, 'nothing that is stored has changed');
+
+# one that was stored in parts is, too
+$s = create_session($node)->{id};
+append($s, [ 'user', 'q1' ],
+	(map { [ 'assistant', undef, { tool_calls => $calls[ $_ - 1 ]{tool_calls} } ],
+		[ 'tool', [ { type => 'text', text => 'x y ' x 700 } ], { tool_call_id => "c$_" } ] } 1 .. 3),
+	[ 'assistant', 'done' ]);
+$t = wait_for_task($node, ask($node, $s, 'next [[tokens=1]]'));
+is($t->{compaction}, 'collapsed', 'outputs in parts become markers');
+@tools = grep { $_->{role} eq 'tool' } sent();
+like($tools[0]{content}, qr/^\[The output of this call, 28\d\d bytes, was left out/, 'of the same kind');
+is(ref $tools[2]{content}, 'ARRAY', 'the newest is as it was');
 
 # ---------- truncation
 
@@ -306,6 +330,21 @@ my $summed = join '', map { $_->{body}{messages}[1]{content} } summaries();
 like($summed, qr/^user: start \[\[text=RECAP\]\] \[image_url\]$/m, 'pictures are named in it');
 ok($summed =~ /result s@{[ $first - 1 ]}-3\./ && $summed !~ /result s$first-1\./, 'the summary ends where the step begins');
 
+# so does what the user's page said; what is cut says so
+$s = create_session($node, server => 'summing')->{id};
+wait_for_task($node, ask($node, $s, 'start [[text=RECAP]]', context => encode({ url => 'https://example.org/a', content => 'THE PAGE' })));
+append($s,
+	[ 'assistant', undef, { function_call => { name => 'look_back', arguments => '{}' } } ],
+	[ 'function', 'y ' x 900, { name => 'look_back' } ]);
+chatter($s, 5, 46);
+$fake->forget;
+$t = wait_for_task($node, ask($node, $s, 'go on [[tokens=1]]'));
+is($t->{status}, 'completed', 'a message with a context is summed up');
+$summed = join '', map { $_->{body}{messages}[1]{content} } summaries();
+like($summed, qr/^Context: .*THE PAGE/m, 'with it');
+like($summed, qr/^Calls: .*look_back/m, 'a call of the old kind is named');
+like($summed, qr/^function: (?:y ){750} ?\[cut\]$/m, 'a long output is cut');
+
 # behind what was set aside there is nothing more to sum up
 $s = create_session($node, server => 'summing')->{id};
 append($s, [ 'user', 'start [[text=RECAP]]' ], [ 'assistant', 'fine' ]);
@@ -394,10 +433,26 @@ like($requests[1]{body}{messages}[-1]{content}, qr/^q /, 'with the question');
 is($t->{compaction}, 'truncated', 'as the task tells');
 
 $fake->forget;
-$t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_exceeded]]'));
+$t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_exceeded errmsg=much%20too%20long]]'));
 is($t->{status}, 'failed', 'one that is never satisfied');
 is($t->{error}{code}, 'context_length_exceeded', 'fails the task');
 is(scalar $fake->completions, 2, 'after one more try');
+
+like($t->{error}{message}, qr/^much too long$/, 'in the words of the endpoint');
+is($t->{error}{status}, 400, 'with its status');
+
+# however much of the request is its prompt
+$node->safe_psql('postgres', "SELECT chat.set_prompt('most', repeat('word ', 600))");
+foreach my $server ('unknown', 'fake')
+{
+	$s = create_session($node, server => $server, settings => '{"prompt": "most"}')->{id};
+	$fake->forget;
+	$t = wait_for_task($node, ask($node, $s, "q [[status=400 errcode=context_length_exceeded times=1 key=most$server]]"));
+	is($t->{status}, 'completed', 'a request that is all prompt');
+	is(scalar $fake->completions, 2, 'is tried again, too');
+	$t = wait_for_task($node, ask($node, $s, 'q [[status=400 errcode=context_length_exceeded]]'));
+	is_deeply([ @{ $t->{error} }{qw(code status)} ], [ 'context_length_exceeded', 400 ], 'and fails by the error of the endpoint');
+}
 
 # where summaries are wanted, it gets one
 $node->safe_psql('postgres', server_sql($fake->port, name => 'large', context_window => 100000, summarize => 'on'));
