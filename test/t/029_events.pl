@@ -158,8 +158,28 @@ SELECT count(DISTINCT x) FROM (
 	UNION ALL SELECT xmin::text FROM chat.chat_task WHERE id = '$task'
 	UNION ALL SELECT xmin::text FROM chat.chat_job WHERE task_id = '$task') AS t
 EOF
+ok(row($node, "SELECT s.updated_at = t.started_at AS same FROM chat.chat_task AS t JOIN chat.chat_session AS s ON s.id = t.session_id WHERE t.id = '$task'")->{same},
+	'which sets updated_at');
 $fake->open_gate('head');
 is(turn_of($node, $task)->{status}, 'completed', 'then it comes');
+
+# sessions that share a channel
+my @shared = map { create_session($node, channel => 'gateway')->{id} } 1 .. 2;
+my $gateway = listener($node, 'gateway');
+my @tasks = map { ask($node, $_, 'shared [[tokens=3 gateat=1:shared]]') } @shared;
+$fake->wait_at_gate('shared', 2);
+$fake->open_gate('shared', 2);
+my %ended;
+my @notes = map { $_->{event} } $gateway->until(sub {
+	$ended{ $_[0]{taskId} } = 1 if $_[0]{type} eq 'finish';
+	return keys %ended == 2;
+});
+foreach my $shared (@tasks)
+{
+	is_deeply([ grep { defined $_->{seq} && $_->{taskId} eq $shared } @notes ], [ stored_events($node, $shared) ],
+		'on a channel that sessions share taskId tells the streams apart');
+}
+$gateway->stop;
 
 # a failed turn is a whole stream, too
 ($notes, $turn) = listen_to('[[status=400]]');

@@ -92,6 +92,8 @@ $node->safe_psql('postgres', 'CREATE EXTENSION chat');
 create_server($node, $fake, max_concurrency => 1);
 
 # Runs statements, the last of which rings; returns when it has, and holds it.
+# The worker is stopped meanwhile: what the commit of a large change of catalogs
+# tells all processes would wake it, and nothing would be left to ring for.
 sub ring
 {
 	my @statements = @_;
@@ -102,11 +104,12 @@ sub ring
 	wait_for_rest($node, $worker);
 	$psql->query_safe('SET client_min_messages = warning');
 	$psql->query_safe($_) foreach @statements[ 0 .. $#statements - 1 ];
-	wait_for_rest($node, $worker);
+	pause_worker($node, $worker);
 	append_to_file("$latch/new", $worker);
 	rename "$latch/new", "$latch/pid" or die "$latch: $!\n";
 	$psql->query_until(qr/ringing/, "\\echo ringing\n$statements[-1];\n");
 	wait_until('the bell', sub { -e "$latch/held" });
+	kill 'CONT', $worker;
 	return $psql;
 }
 

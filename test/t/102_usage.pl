@@ -172,6 +172,37 @@ like($err, qr/They are 301/, 'deleting a session does not help');
 is(turn(create_session($node, user_id => 'dora', server => 'free')->{id}, 'a [[tokens=1]]')->{status}, 'completed', "others' limits are their own");
 is(turn(create_session($node, server => 'free')->{id}, 'a [[tokens=1]]')->{status}, 'completed', 'nobody in particular has none');
 
+# of a day: what was used before midnight, in a session that is gone as in one
+# that is there, does not count
+my $d3 = create_session($node, user_id => 'dan', server => 'free')->{id};
+$node->safe_psql('postgres', <<"EOS");
+UPDATE chat.chat_usage SET created_at = created_at - interval '1 day' WHERE user_id = 'dan';
+ALTER DATABASE postgres SET chat.max_tokens_per_user_per_day = 30;
+EOS
+is(turn($d3, 'a [[tokens=1 prompt_tokens=20 completion_tokens=9]]')->{status}, 'completed', 'on the next day there are tokens again');
+is(turn($d3, 'a [[tokens=1 prompt_tokens=20 completion_tokens=9]]')->{status}, 'completed', 'as many as there were');
+like(($node->psql('postgres', "SELECT chat.stream_chat_completion('$d3', 'c')"))[2], qr/They are 58/, 'and they are used up, too');
+$node->safe_psql('postgres', <<"EOS");
+UPDATE chat.chat_task SET started_at = started_at - interval '1 day',
+	finished_at = finished_at - interval '1 day' WHERE session_id = '$d3';
+EOS
+is(turn($d3, 'b [[tokens=1 prompt_tokens=2 completion_tokens=3]]')->{status}, 'completed', 'tasks of yesterday do not count');
+is_deeply([ map { [ @$_{qw(age prompt_tokens completion_tokens)} ] }
+		rows($node, "SELECT (now() AT TIME ZONE 'UTC')::date - day AS age, sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens"
+			. " FROM chat.usage WHERE user_id = 'dan' GROUP BY 1 ORDER BY 1") ],
+	[ [ 0, 2, 3 ], [ 1, 331, 28 ] ], 'the view has a row for each day');
+
+# a role, a model
+$node->safe_psql('postgres', "CREATE ROLE lender; SELECT chat.grant_usage('lender'); GRANT USAGE ON FOREIGN SERVER free TO lender");
+foreach my $owner (undef, 'lender')
+{
+	my $id = create_session($node, user_id => 'gil', server => 'free', $owner ? (owner => $owner) : ())->{id};
+	turn($id, 'a [[tokens=1 prompt_tokens=7 completion_tokens=1]]', options => encode({ model => $_ })) foreach qw(small large);
+}
+is_deeply([ map { [ @$_{qw(owner model prompt_tokens)} ] } rows($node,
+			"SELECT replace(owner::text, current_user, 'us') AS owner, model, prompt_tokens FROM chat.usage WHERE user_id = 'gil' ORDER BY 1, 2") ],
+	[ map { my $o = $_; map { [ $o, $_, 7 ] } qw(large small) } qw(lender us) ], 'the view tells roles and models apart');
+
 # a turn that was queued before the limit was reached
 $node->safe_psql('postgres', 'ALTER DATABASE postgres RESET chat.max_tokens_per_user_per_day');
 $node->safe_psql('postgres', 'ALTER SYSTEM SET chat.max_tokens_per_user_per_day = 300');
