@@ -96,6 +96,38 @@ sub is_clean
 	is_clean('Ctrl-C while it looks what is missing');
 }
 
+# where nothing is there and nothing can be installed, it says what is wanted
+{
+	mkdir "$tmp/bare" or die $!;
+	foreach my $name (qw(bash echo env id sed head xargs dirname rm mktemp cat perl))
+	{
+		my ($path) = grep { -x } map { "$_/$name" } split /:/, $ENV{PATH};
+		symlink $path, "$tmp/bare/$name" or die "$name: $!" if $path;
+	}
+	local %ENV = (%clean, PATH => "$tmp/bare", PG_CONFIG => '/nowhere/pg_config');
+	foreach my $goal (qw(demo check))
+	{
+		my $deps = IPC::Run::start([ "$root/test/install-deps", $goal ],
+			'<', \undef, '>', \my $out, '2>', \my $err, IPC::Run::timer($timeout));
+		$deps->finish;
+		is($deps->full_result, 256, "$goal, with nothing to install by: an error");
+		is($out, '', '  nothing is installed');
+		like($err, qr/^chat: something is missing for "make $goal"\.$/m, '  which says so');
+		like($err, qr/^By the names of Debian's packages: gcc libc6-dev libcurl4-openssl-dev libpq-dev postgresql-\d+ postgresql-server-dev-\d+/m,
+			'  and what has to be there');
+		(($goal eq 'check') ? \&like : \&unlike)->($err, qr/packages: .*clang/, '  for this goal');
+	}
+
+	# with apt-get, but without the right to use it
+	symlink "$FindBin::RealBin/lib/shims/apt-get", "$tmp/bare/apt-get" or die $!;
+	my $deps = IPC::Run::start([ "$root/test/install-deps", '--tell', 'demo' ],
+		'<', \undef, '>', \my $out, '2>', \my $err, IPC::Run::timer($timeout));
+	$deps->finish;
+	is($deps->full_result, 256, 'with apt-get, but told not to use it: an error');
+	like($err, qr/^    apt-get install --no-install-recommends gcc .*postgresql-\d+/m, '  that is the command');
+	is_clean('install-deps');
+}
+
 SKIP:
 {
 	skip 'the extension is installed, not staged', 1 unless $stage;
