@@ -57,6 +57,16 @@ sub raised
 my $session = create_session($node, user_id => 'ada')->{id};
 turn("stream_chat_completion('$session', 'one [[tokens=1]]')");
 turn("stream_chat_completion('$session', 'two [[tokens=1]]')");
+foreach my $call ("edit_message('$session', 1, 'other')", "regenerate('$session')")
+{
+	like($node->safe_psql('postgres', <<"EOS"), qr/^t$/m, "$call sets updated_at");
+BEGIN;
+UPDATE chat.chat_session SET updated_at = '2001-01-01' WHERE id = '$session';
+DO \$\$ BEGIN PERFORM chat.$call; END \$\$;
+SELECT updated_at = now() FROM chat.chat_session WHERE id = '$session';
+ROLLBACK;
+EOS
+}
 
 # regenerate: the last answer
 my $task = turn("regenerate('$session')");
