@@ -366,7 +366,7 @@ next_step(const ChatContext *c, int at)
 	return at;
 }
 
-/* Leaves out the messages before one. */
+/* Leaves out the messages before one: the array is not one to grow then. */
 static void
 skip_steps(ChatContext *c, int first)
 {
