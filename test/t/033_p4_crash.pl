@@ -100,7 +100,7 @@ survive(
 		kill 'KILL', $pid;
 		wait_gone($pid);
 		# the server throws everybody out and recovers by itself
-		$node->poll_query_until('postgres', 'SELECT true');
+		wait_for($node, 'SELECT true');
 		isnt(wait_for_worker($node), $pid, 'another worker came');
 		is(row($node, 'SELECT pg_postmaster_start_time() AS t')->{t},
 			$start, 'under the same postmaster');

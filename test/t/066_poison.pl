@@ -17,7 +17,7 @@ create_server($node, $fake);
 # Waits until the server is back after a crash.
 sub back
 {
-	$node->poll_query_until('postgres', 'SELECT count(*) > 0 FROM chat.worker_status() WHERE pid > 0');
+	wait_for($node, 'SELECT count(*) > 0 FROM chat.worker_status() WHERE pid > 0');
 	return;
 }
 
@@ -25,7 +25,7 @@ sub back
 sub task
 {
 	my ($task) = @_;
-	$node->poll_query_until('postgres', "SELECT finished_at IS NOT NULL FROM chat.chat_task WHERE id = '$task'");
+	wait_for($node, "SELECT finished_at IS NOT NULL FROM chat.chat_task WHERE id = '$task'");
 	return turn_of($node, $task);
 }
 
@@ -137,7 +137,7 @@ SQL
 my $task = ask($node, create_session($node, owner => 'app')->{id}, 'nap [[tool=nap args={}]]');
 foreach (1 .. 2)
 {
-	$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_stat_activity"
+	wait_for($node, "SELECT count(*) = 1 FROM pg_stat_activity"
 		  . " WHERE backend_type = 'chat tool worker' AND wait_event = 'PgSleep'");
 	my $pid = pid_of($node, qr/chat tool worker/);
 	kill 'KILL', $pid;

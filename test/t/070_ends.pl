@@ -74,7 +74,7 @@ end_of('kill -9 of the worker', 1, sub {
 	my $pid = wait_for_worker($node);
 	kill 'KILL', $pid;
 	wait_gone($pid);
-	$node->poll_query_until('postgres', 'SELECT true');
+	wait_for($node, 'SELECT true');
 });
 end_of('kill -9 of another backend', 1, sub {
 	my $pid = wait_for_worker($node);
@@ -83,7 +83,7 @@ end_of('kill -9 of another backend', 1, sub {
 	kill 'KILL', $other;
 	wait_gone($pid);
 	$session->{run}->finish;
-	$node->poll_query_until('postgres', 'SELECT true');
+	wait_for($node, 'SELECT true');
 });
 end_of('stop -m immediate', 1, sub { $node->stop('immediate'); $node->start });
 end_of('kill -9 of the postmaster', 0, sub {

@@ -200,7 +200,7 @@ foreach my $tool ('may_repeat', 'must_not')
 	my $pid = wait_for_worker($node);
 	kill 'KILL', $pid;
 	wait_gone($pid);
-	$node->poll_query_until('postgres', 'SELECT true');
+	wait_for($node, 'SELECT true');
 	if ($tool eq 'may_repeat')
 	{
 		$fake->wait_at_gate($tool);

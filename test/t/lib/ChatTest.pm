@@ -251,12 +251,19 @@ EOF
 	};
 }
 
-# Waits until a query returns true.
+# Waits until a query returns true.  While a server comes up again psql may be
+# gone before it has read the query, which ends IPC::Run.
 sub wait_for
 {
 	my ($node, $sql, $db) = @_;
-	$node->poll_query_until($db // 'postgres', $sql)
-	  or die "timed out waiting for: $sql\n";
+	my $found;
+
+	for (my $tries = 0; !defined $found; $tries++)
+	{
+		$found = eval { $node->poll_query_until($db // 'postgres', $sql) };
+		die $@ if !defined $found && ($@ !~ /Broken pipe/ || $tries > 100);
+	}
+	$found or die "timed out waiting for: $sql\n";
 	return;
 }
 
