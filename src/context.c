@@ -487,10 +487,13 @@ chat_context_most(void)
  * left.
  */
 static bool
-limit(ChatContext *c, int64 most)
+limit(ChatContext *c, int64 most, bool summarized)
 {
+	if (!c->large && c->n > most)
+		return !shrink(c, most);
+	/* a summary may reach beyond the message of the user */
 	if (!c->large)
-		return c->n <= most || !shrink(c, most);
+		return !summarized || c->n == 0 || has_question(c, 0);
 	if (c->too_large || has_question(c, 0))
 		return true;
 	/* there is room for it beside the last step, or for none */
@@ -511,7 +514,6 @@ read_step(ChatContext *c, const ChatJob *job)
 
 	if (rows > 0)
 		read_messages(c, 0, (int) rows, job->server);
-	c->cut = true;
 }
 
 /* Reads the messages of a claim's sessions. */
@@ -554,7 +556,8 @@ chat_context_load(const ChatJob *jobs, int n, ChatContext *contexts)
 	{
 		ChatContext *c = &contexts[i];
 
-		if (limit(c, DatumGetInt64(most[i]) - 1))
+		if (limit(c, DatumGetInt64(most[i]) - 1,
+				  jobs[i].summary_sequence > 0))
 			continue;
 		read_step(c, &jobs[i]);
 		/* the message of the user has no room beside so many steps */

@@ -210,17 +210,21 @@ collapse(Fit *f)
 
 /*
  * Returns the sequence up to which a summary may reach, 0 if there is nothing
- * to sum up: the newest messages stay, and so does the question.
+ * to sum up that the one before has not: the newest messages stay.  So does
+ * the question: it is sent beside a summary of the steps that followed it.
  */
 static int64
-summary_reach(const Fit *f)
+summary_reach(const Fit *f, int64 before)
 {
 	const ChatContext *c = f->context;
-	int			keep = Min(c->n - keep_recent, f->question);
 
-	for (int i = keep; i >= 2; i--)
-		if (!is_result(&c->messages[i]) && c->messages[i].sequence > 1)
-			return c->messages[i].sequence - 1;
+	for (int i = Min(c->n - keep_recent, c->n - 1); i >= 2; i--)
+	{
+		const ChatMessage *m = &c->messages[i];
+
+		if (!is_result(m) && m->sequence > before + 1)
+			return m->sequence - 1;
+	}
 	return 0;
 }
 
@@ -307,7 +311,7 @@ chat_window_fit(const ChatJob *job, const ChatServer *server,
 		return;
 	if (server->summarize && !job->summary_failed &&
 		!(job->waited & CHAT_WAITED_SUMMARY))
-		window->summary_reach = summary_reach(&f);
+		window->summary_reach = summary_reach(&f, job->summary_sequence);
 	if (window->summary_reach > 0)
 		return;
 	truncate_steps(&f);

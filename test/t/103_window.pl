@@ -330,6 +330,28 @@ my $summed = join '', map { $_->{body}{messages}[1]{content} } summaries();
 like($summed, qr/^user: start \[\[text=RECAP\]\] \[image_url\]$/m, 'pictures are named in it');
 ok($summed =~ /result s@{[ $first - 1 ]}-3\./ && $summed !~ /result s$first-1\./, 'the summary ends where the step begins');
 
+# the first steps of a long task are summed up, its question is sent all the same
+$s = create_session($node, server => 'summing')->{id};
+append($s, [ 'user', 'THE QUESTION [[text=RECAP]]' ],
+	map { my $c = "k$_"; ([ 'assistant', "Step $_. " . ($_ == 20 ? '[[text=RECAP]] ' : '') . 'thought ' x 50, { tool_calls => [ { id => $c, type => 'function', function => { name => 'look', arguments => '{}' } } ] } ],
+		  [ 'tool', "result $_", { tool_call_id => $c } ]) } 1 .. 24);
+foreach my $round (1, 2)
+{
+	$fake->forget;
+	$t = wait_for_task($node, $node->safe_psql('postgres', "SELECT chat.stream_chat_completion('$s')"));
+	is_deeply([ @$t{qw(status compaction)} ], [ 'completed', 'summarized' ], "a long task, $round");
+	@m = sent();
+	like($m[0]{content}, qr/^<conversation_summary>.*RECAP/s, 'has a summary of its first steps');
+	like($m[1]{content}, qr/^THE QUESTION/, 'its question');
+	is($m[2]{role}, 'assistant', 'and its last steps');
+	like($m[-1]{content}, qr/^(?:result 24|result b12)$/, 'to the end');
+	my $told = join '', map { $_->{body}{messages}[1]{content} } summaries();
+	like($told, $round == 1 ? qr/^user: THE QUESTION.*Step 1\./s : qr/^Summary of what came before:\nRECAP\n\n.*Step 2\d\./s, 'which is made of what came before');
+	unlike($told, $round == 1 ? qr/Step 24\./ : qr/THE QUESTION|Step b12\./, 'and of nothing else');
+	append($s, map { my $c = "b$_"; ([ 'assistant', "Step b$_. " . 'thought ' x 35, { tool_calls => [ { id => $c, type => 'function', function => { name => 'look', arguments => '{}' } } ] } ],
+		  [ 'tool', "result b$_", { tool_call_id => $c } ]) } 1 .. 12) if $round == 1;
+}
+
 # so does what the user's page said; what is cut says so
 $s = create_session($node, server => 'summing')->{id};
 wait_for_task($node, ask($node, $s, 'start [[text=RECAP]]', context => encode({ url => 'https://example.org/a', content => 'THE PAGE' })));
