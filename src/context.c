@@ -397,16 +397,16 @@ has_question(const ChatContext *c, int from)
 static Size
 row_size(uint64 row)
 {
+	Datum		values[CONTEXT_METADATA];
+	bool		nulls[CONTEXT_METADATA];
 	Size		size = 0;
 
-	for (int column = CONTEXT_CONTENT; column <= CONTEXT_METADATA; column++)
-	{
-		bool		isnull;
-		Datum		value = chat_db_datum(row, column, &isnull);
-
-		if (!isnull)
-			size += toast_raw_datum_size(value);
-	}
+	Assert(SPI_tuptable->tupdesc->natts == CONTEXT_METADATA);
+	heap_deform_tuple(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, values,
+					  nulls);
+	for (int i = CONTEXT_CONTENT - 1; i < CONTEXT_METADATA; i++)
+		if (!nulls[i])
+			size += toast_raw_datum_size(values[i]);
 	return size;
 }
 

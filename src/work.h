@@ -8,7 +8,6 @@
 
 #include "postgres.h"
 
-
 #define CHAT_NEVER PG_INT64_MAX
 
 /* what failed is tried again after so long, in ms; it doubles each time */

@@ -256,6 +256,12 @@ foreach my $case ([ 1, 's6' ], [ 3, 's6' ], [ 4, 's6' ], [ 5, 's5', 's6' ],
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM chat.chat_event AS e JOIN chat.chat_task AS t ON t.id = e.task_id'
 			. " WHERE t.session_id IN ('" . join("', '", @sessions) . "') AND e.payload->>'type' IN ('start', 'reset-step')"), 6,
 		'each begins once');
+	cmp_ok($node->safe_psql('postgres', <<"EOS"), '>', 0, 'some of them by one claim, and asked by a later one');
+SELECT count(*) FROM chat.chat_event AS b JOIN chat.chat_event AS r USING (task_id)
+JOIN chat.chat_task AS t ON t.id = task_id
+WHERE t.session_id IN ('${\join("', '", @sessions)}') AND b.xmin::text <> r.xmin::text
+	AND b.payload->>'type' = 'start' AND r.payload->>'type' = 'data-status'
+EOS
 
 	foreach my $parts (undef, [ { type => 'text', text => 'y' x 70_000 } ])
 	{
