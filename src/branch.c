@@ -232,7 +232,7 @@ chat_regenerate(PG_FUNCTION_ARGS)
 	supersede(values);
 	values[1] = Int64GetDatum(0);
 	chat_db_exec(&touch_session, values, NULL);
-	*task = chat_task_queue(&scope, &call);
+	*task = chat_enqueue(&scope, &call);
 	chat_db_leave(&scope);
 	PG_RETURN_UUID_P(task);
 }
@@ -279,7 +279,7 @@ chat_edit_message(PG_FUNCTION_ARGS)
 				 errdetail("The role of message %lld is %s.",
 						   (long long) PG_GETARG_INT64(1), role)));
 	supersede(values);
-	*task = chat_task_queue(&scope, &call);
+	*task = chat_enqueue(&scope, &call);
 	values[1] = Int64GetDatum(1);
 	chat_db_exec(&touch_session, values, NULL);
 	values[1] = PG_GETARG_DATUM(1);

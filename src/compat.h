@@ -73,6 +73,15 @@
 	ExecInsertIndexTuples((result), (slot), (estate), false, false, NULL, NIL)
 #endif
 
+/* 18 counts what a scan does, where it is told to. */
+#if PG_VERSION_NUM >= 180000
+#define chat_index_beginscan(table, index, snapshot, nkeys) \
+	index_beginscan((table), (index), (snapshot), NULL, (nkeys), 0)
+#else
+#define chat_index_beginscan(table, index, snapshot, nkeys) \
+	index_beginscan((table), (index), (snapshot), (nkeys), 0)
+#endif
+
 /* From 17 on a background worker may connect as a role without LOGIN. */
 #if PG_VERSION_NUM >= 170000
 #define CHAT_WORKER_BYPASSES_LOGIN true

@@ -373,7 +373,7 @@ append_rows(const ChatEventBatch *batch, int16 slot)
 	int			n;
 
 	snprintf(name, sizeof(name), "chat_event_%d", slot);
-	chat_rows_open(&rows, name);
+	chat_rows_open(&rows, name, false);
 	for (int i = 0; i < ROWS_AT_ONCE; i++)
 		slots[i] = i < batch->n ? table_slot_create(rows.rel, NULL) : NULL;
 	while ((n = fill_slots(batch, slot, &row, slots, ROWS_AT_ONCE)) > 0)

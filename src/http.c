@@ -14,8 +14,8 @@
  * to while they are held back: a thousand streams are read together, not one
  * by one.
  *
- * libcurl may start a thread to resolve a name.  Signals stay blocked around
- * every call that may do so: a handler of the server must not run there.
+ * libcurl may start a thread to resolve a name when it moves a transfer.
+ * Signals stay blocked meanwhile: a handler of the server must not run there.
  */
 #include "postgres.h"
 
@@ -45,12 +45,14 @@ static int	answer_fd = -1;		/* sockets whose answer is under way */
 static bool held = false;		/* those are not looked at */
 static int64 timer_due = -1;	/* ms of now_ms(), -1 = none */
 static int	running = 0;
+static int	begun = 0;			/* answers since chat_http_poll() came */
 
 /* What is known of a socket, by its number. */
 typedef struct Socket
 {
 	uint32		events;			/* that libcurl waits for */
-	bool		answering;		/* member of answer_fd */
+	bool		member;			/* of one of the descriptors */
+	bool		answering;		/* of answer_fd */
 } Socket;
 
 static Socket *sockets = NULL;
@@ -131,9 +133,11 @@ on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *known)
 		ev.events |= EPOLLOUT;
 	s->events = ev.events;
 	set = s->answering ? answer_fd : epoll_fd;
-	if (epoll_ctl(set, EPOLL_CTL_MOD, fd, &ev) != 0 &&
+	/* the kernel may have removed it, when it was closed */
+	if (!(s->member && epoll_ctl(set, EPOLL_CTL_MOD, fd, &ev) == 0) &&
 		epoll_ctl(set, EPOLL_CTL_ADD, fd, &ev) != 0)
 		return -1;
+	s->member = true;
 	return 0;
 }
 
@@ -360,8 +364,7 @@ on_data(char *data, size_t size, size_t n, void *arg)
 	}
 	if (!reserve(t, n))
 		return 0;
-	if (t->total == 0)
-		note_answer(t);
+	begun += t->total == 0;
 	memcpy(t->buf + t->len, data, n);
 	t->len += n;
 	t->total += n;
@@ -428,6 +431,27 @@ collect_done(void)
 		if (rc != CURLE_OK && t->error[0] == '\0')
 			strlcpy(t->error, curl_easy_strerror(rc), sizeof(t->error));
 		mark_ready(t);
+	}
+}
+
+/*
+ * Moves the sockets of answers that have begun, and did not end at once, to
+ * those whose answer is under way.
+ */
+static void
+note_answers(void)
+{
+	dlist_iter	iter;
+
+	if (begun == 0)
+		return;
+	begun = 0;
+	dlist_foreach(iter, &ready_list)
+	{
+		ChatTransfer *t = dlist_container(ChatTransfer, node, iter.cur);
+
+		if (!t->done && t->total > 0)
+			note_answer(t);
 	}
 }
 
@@ -574,7 +598,6 @@ ChatTransfer *
 chat_http_open(const ChatHttpRequest *req, void *owner)
 {
 	ChatTransfer *t;
-	sigset_t	mask;
 	bool		ok;
 
 	chat_http_start();
@@ -589,7 +612,6 @@ chat_http_open(const ChatHttpRequest *req, void *owner)
 	t->retry_after = -1;
 	t->allow_loopback = req->allow_loopback;
 	t->allow_private = req->allow_private;
-	block_signals(&mask);
 	t->easy = curl_easy_init();
 	ok = t->easy != NULL;
 	if (ok)
@@ -598,42 +620,32 @@ chat_http_open(const ChatHttpRequest *req, void *owner)
 		ok = set_request(t, req) &&
 			curl_multi_add_handle(multi, t->easy) == CURLM_OK;
 	}
-	if (!ok)
-		free_transfer(t);
-	sigprocmask(SIG_SETMASK, &mask, NULL);
-	if (!ok)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("could not start an HTTP request")));
-	return t;
+	if (ok)
+		return t;
+	free_transfer(t);
+	ereport(ERROR,
+			(errcode(ERRCODE_OUT_OF_MEMORY),
+			 errmsg("could not start an HTTP request")));
 }
 
 /* Ends a transfer, whatever its state, and frees it. */
 void
 chat_http_close(ChatTransfer *t)
 {
-	sigset_t	mask;
-
 	if (t->ready)
 		dlist_delete(&t->node);
-	block_signals(&mask);
 	curl_multi_remove_handle(multi, t->easy);
 	free_transfer(t);
-	sigprocmask(SIG_SETMASK, &mask, NULL);
 }
 
 /* Stops or goes on reading a transfer's answer. */
 void
 chat_http_pause(ChatTransfer *t, bool pause)
 {
-	sigset_t	mask;
-
 	if (t->done || t->paused == pause)
 		return;
 	t->paused = pause;
-	block_signals(&mask);
 	curl_easy_pause(t->easy, pause ? CURLPAUSE_RECV : CURLPAUSE_CONT);
-	sigprocmask(SIG_SETMASK, &mask, NULL);
 }
 
 /*
@@ -703,8 +715,9 @@ chat_http_poll(void)
 		timer_due = -1;
 		curl_multi_socket_action(multi, CURL_SOCKET_TIMEOUT, 0, &running);
 	}
-	collect_done();
 	sigprocmask(SIG_SETMASK, &mask, NULL);
+	collect_done();
+	note_answers();
 	return more;
 }
 

@@ -18,7 +18,11 @@
 #include "catalog/pg_type.h"
 #include "miscadmin.h"
 #include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/jsonb.h"
 
+#include "append.h"
 #include "db.h"
 #include "queue.h"
 
@@ -99,14 +103,6 @@
 	" RETURNING t.*, j.epoch, j.owner, j.attempts, j.crashes, j.cancel," \
 	"  j.last_seq, j.blamed, j.waited, j.shrink_to," \
 	"  COALESCE((j.spent->>'total_tokens')::bigint, 0) AS spent" \
-	"), message AS (" \
-	" INSERT INTO chat.chat_message (session_id, sequence, id, role," \
-	"  content, task_id, metadata)" \
-	" SELECT o.session_id, o.next_sequence," \
-	"  COALESCE(o.message_id, gen_random_uuid()), o.input->>'role'," \
-	"  o.input->>'content', o.task_id," \
-	"  COALESCE(o.input->'metadata', '{}')" \
-	" FROM old AS o WHERE o.input IS NOT NULL AND NOT $5" \
 	"), session AS (" \
 	" UPDATE chat.chat_session AS s" \
 	" SET next_sequence = s.next_sequence + 1, updated_at = now()" \
@@ -120,15 +116,17 @@
 	"  j.new_run, j.reset, j.steps, j.blamed," \
 	"  j.untitled AND j.input->>'role' = 'user'," \
 	"  j.tokens + j.spent, j.waited, j.shrink_to, j.summary," \
-	"  j.summary_sequence, j.summary_failed" \
+	"  j.summary_sequence, j.summary_failed, j.next_sequence, j.message_id," \
+	"  CASE WHEN NOT $5 THEN j.input->>'role' END," \
+	"  j.input->>'content', COALESCE(j.input->'metadata', '{}')" \
 	" FROM job AS j ORDER BY j.id"
 
 /*
  * $1 holder, $2 limit, $3 database, $4 first run of this timeline, $5 bare
  *
- * The queued message becomes a message here: it takes its sequence when its
- * turn starts.  A bare claim leaves it out, and the settings: for a job whose
- * claim failed.
+ * The queued message becomes a message: it takes its sequence when its turn
+ * starts.  A bare claim leaves it out, and the settings: for a job whose claim
+ * failed.
  */
 CHAT_STMT(claim_jobs,
 		  "WITH picked AS MATERIALIZED ("
@@ -234,23 +232,19 @@ CHAT_STMT(lock_sessions,
 
 /*
  * $1 holder, $2 database, then arrays: $3 job, $4 epoch, $5 session, $6 task,
- * $7 status, $8 error, $9 has message, $10 answer id, $11 content,
- * $12 refusal, $13 tool calls, $14 function call, $15 metadata,
- * $16 prompt tokens, $17 completion tokens, $18 usage, $19 context tokens,
- * $20 compaction
+ * $7 status, $8 error, $9 has message, $10 model, $11 prompt tokens,
+ * $12 completion tokens, $13 usage, $14 context tokens, $15 compaction
  *
- * P2: message, usage, terminal state, removal of the job and the next task's
- * job are one statement; the terminal event joins it in the transaction.
+ * P2: usage, terminal state, removal of the job and the next task's job are
+ * one statement; message and terminal event join it in the transaction.
  */
 CHAT_STMT(finish_jobs,
 		  "WITH e AS MATERIALIZED (SELECT * FROM ROWS FROM ("
 		  "  unnest($3), unnest($4), unnest($5), unnest($6), unnest($7),"
 		  "  unnest($8), unnest($9), unnest($10), unnest($11), unnest($12),"
-		  "  unnest($13), unnest($14), unnest($15), unnest($16), unnest($17),"
-		  "  unnest($18), unnest($19), unnest($20)) AS u (job, epoch, session,"
-		  "  task, status, error, has_message, answer, content, refusal,"
-		  "  tool_calls, function_call, metadata, prompt, completion, usage,"
-		  "  context, compaction)"
+		  "  unnest($13), unnest($14), unnest($15)) AS u (job, epoch, session,"
+		  "  task, status, error, has_message, model, prompt, completion,"
+		  "  usage, context, compaction)"
 		  CHAT_FEW("$3")
 		  "), gone AS ("
 		  " DELETE FROM chat.chat_job AS j USING e"
@@ -261,15 +255,6 @@ CHAT_STMT(finish_jobs,
 		  "  t.superseded IS NOT DISTINCT FROM 'rollback' AS hide"
 		  " FROM gone JOIN chat.chat_session AS s ON s.id = gone.session"
 		  " JOIN chat.chat_task AS t ON t.id = gone.task"
-		  "), message AS ("
-		  " INSERT INTO chat.chat_message (session_id, sequence, id, role,"
-		  "  content, refusal, tool_calls, function_call, task_id, metadata,"
-		  "  active, superseded_by)"
-		  " SELECT session, next_sequence, answer, 'assistant', content,"
-		  "  refusal, tool_calls::jsonb, function_call::jsonb, task,"
-		  "  metadata::jsonb, NOT hide,"
-		  "  CASE WHEN hide THEN next_sequence + 1 END"
-		  " FROM ok WHERE has_message"
 		  /* of a task that was rolled back the model sees nothing */
 		  "), hidden AS ("
 		  " UPDATE chat.chat_message AS m SET active = false,"
@@ -293,7 +278,7 @@ CHAT_STMT(finish_jobs,
 		  "   = t.prompt_tokens + " CHAT_STEP_TOKENS("prompt") ","
 		  "  completion_tokens"
 		  "   = t.completion_tokens + " CHAT_STEP_TOKENS("completion") ","
-		  "  model = COALESCE(ok.metadata::jsonb->>'model', t.model),"
+		  "  model = COALESCE(ok.model, t.model),"
 		  CHAT_STEP_WINDOW("t") ","
 		  "  usage = " CHAT_STEP_USAGE("t")
 		  " FROM ok WHERE t.id = ok.task"
@@ -318,12 +303,11 @@ CHAT_STMT(finish_jobs,
 		  " AND NOT EXISTS (SELECT FROM chat.chat_task AS b"
 		  "  WHERE b.session_id = f.session AND b.status = 'waiting'"
 		  "   AND NOT b.detached AND b.id NOT IN (SELECT task FROM ok) OFFSET 0))"
-		  " SELECT job FROM ok",
+		  " SELECT job, next_sequence, hide FROM ok",
 		  INT8OID, OIDOID, INT8ARRAYOID, INT8ARRAYOID, UUIDARRAYOID,
 		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, BOOLARRAYOID,
-		  UUIDARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID,
-		  TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID, INT8ARRAYOID,
-		  TEXTARRAYOID, INT8ARRAYOID, TEXTARRAYOID);
+		  TEXTARRAYOID, INT8ARRAYOID, INT8ARRAYOID, TEXTARRAYOID,
+		  INT8ARRAYOID, TEXTARRAYOID);
 
 /*
  * $1 holder, then arrays: $2 job, $3 epoch, $4 run at, $5 reset, $6 last seq,
@@ -572,6 +556,32 @@ set_shares(const ChatClaim *claim, Datum *params)
 	CHAT_DB_COLUMN(chat_int4s, Int32GetDatum(claim->rooms[i]));
 }
 
+/* Stores the messages that start the turns of a claim's jobs. */
+static void
+add_questions(const ChatJob *jobs, int n)
+{
+	ChatNewMessage *messages = palloc0(sizeof(ChatNewMessage) * n);
+	int			nmessages = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		ChatNewMessage *m = &messages[nmessages];
+		bool		isnull;
+
+		m->role = chat_db_datum(i, 31, &isnull);
+		if (isnull)
+			continue;
+		m->session = jobs[i].session;
+		m->task = jobs[i].task;
+		m->sequence = chat_db_int64(i, 29, 0);
+		m->id = chat_db_isnull(i, 30) ? chat_append_id() : chat_db_uuid(i, 30);
+		m->content = chat_db_datum(i, 32, &isnull);
+		m->metadata = chat_db_datum(i, 33, &isnull);
+		nmessages++;
+	}
+	chat_append_messages(messages, nmessages);
+}
+
 /*
  * Takes up to limit due jobs; returns how many.  The array is allocated in
  * the SPI context.
@@ -600,6 +610,7 @@ chat_queue_claim(const ChatClaim *claim, ChatJob **jobs, ChatQueueRest *rest)
 	*jobs = palloc0(sizeof(ChatJob) * Max(n, 1));
 	for (int i = 0; i < n; i++)
 		read_job(&(*jobs)[i], i);
+	add_questions(*jobs, n);
 	read_rest(claim, *jobs, n, rest);
 	return n;
 }
@@ -645,6 +656,26 @@ chat_queue_lock(ChatEnd **ends, int n, ChatEnd **locked)
 	return nlocked;
 }
 
+/*
+ * Returns the end of the job whose id a row begins with, marked as stored;
+ * NULL if there is none.  The rows come mostly in the order of the ends: *at
+ * is where to look first.
+ */
+static ChatEnd *
+mark_end(uint64 row, ChatEnd **ends, int n, int *at)
+{
+	int64		id = chat_db_int64(row, 1, 0);
+
+	for (int tries = 0; tries < n; tries++, *at = (*at + 1) % n)
+	{
+		if (ends[*at]->job->id != id)
+			continue;
+		ends[*at]->ok = true;
+		return ends[*at];
+	}
+	return NULL;
+}
+
 /* Marks the ends whose job id the last statement returned. */
 void
 chat_queue_mark(ChatEnd **ends, int n)
@@ -652,19 +683,65 @@ chat_queue_mark(ChatEnd **ends, int n)
 	uint64		rows = SPI_processed;
 	int			at = 0;
 
-	/* the rows come mostly in the order of the ends */
+	for (uint64 row = 0; row < rows; row++)
+		(void) mark_end(row, ends, n, &at);
+}
+
+/* Parses a JSON text; (Datum) 0 if there is none. */
+static Datum
+json_or_null(const char *text)
+{
+	return text ? DirectFunctionCall1(jsonb_in, CStringGetDatum(text))
+		: (Datum) 0;
+}
+
+/* Returns the name of the model that a message's metadata have, or NULL. */
+static Datum
+model_of(Datum metadata)
+{
+	JsonbValue	v;
+
+	if (getKeyJsonValueFromContainer(&DatumGetJsonbP(metadata)->root, "model",
+									 5, &v) == NULL || v.type != jbvString)
+		return (Datum) 0;
+	return PointerGetDatum(cstring_to_text_with_len(v.val.string.val,
+													v.val.string.len));
+}
+
+/*
+ * Stores the answers of the ends that the last statement has stored: it tells
+ * the sequence, and whether the model sees nothing of the task.
+ */
+static void
+add_answers(ChatEnd **ends, const Datum *metadata, int n)
+{
+	uint64		rows = SPI_processed;
+	ChatNewMessage *messages = palloc0(sizeof(ChatNewMessage) * n);
+	Datum		role = CStringGetTextDatum("assistant");
+	int			nmessages = 0;
+	int			at = 0;
+
 	for (uint64 row = 0; row < rows; row++)
 	{
-		int64		id = chat_db_int64(row, 1, 0);
+		ChatEnd    *e = mark_end(row, ends, n, &at);
+		ChatNewMessage *m = &messages[nmessages];
 
-		for (int tries = 0; tries < n; tries++, at = (at + 1) % n)
-		{
-			if (ends[at]->job->id != id)
-				continue;
-			ends[at]->ok = true;
-			break;
-		}
+		if (e == NULL || !e->has_message)
+			continue;
+		m->session = e->job->session;
+		m->task = e->job->task;
+		m->sequence = chat_db_int64(row, 2, 0);
+		m->superseded_by = chat_db_bool(row, 3) ? m->sequence + 1 : 0;
+		m->id = e->job->answer;
+		m->role = role;
+		m->content = chat_db_text_or_null(e->content);
+		m->refusal = chat_db_text_or_null(e->refusal);
+		m->tool_calls = json_or_null(e->tool_calls);
+		m->function_call = json_or_null(e->function_call);
+		m->metadata = metadata[at];
+		nmessages++;
 	}
+	chat_append_messages(messages, nmessages);
 }
 
 /*
@@ -677,11 +754,14 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 	ChatEnd   **ends = palloc(sizeof(ChatEnd *) * nall);
 	int			n = chat_queue_lock(all, nall, ends);
 	Datum	   *values = palloc(sizeof(Datum) * nall);
-	Datum		params[20];
+	Datum	   *metadata = palloc(sizeof(Datum) * nall);
+	Datum		params[15];
 	int			at = 0;
 
 	if (n == 0)
 		return;
+	for (int i = 0; i < n; i++)
+		metadata[i] = json_or_null(ends[i]->metadata);
 	params[at++] = Int64GetDatum(holder);
 	params[at++] = ObjectIdGetDatum(MyDatabaseId);
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->job->id));
@@ -691,19 +771,14 @@ chat_queue_finish(int64 holder, ChatEnd **all, int nall)
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(status_names[ends[i]->kind]));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->error));
 	CHAT_DB_COLUMN(chat_bools, BoolGetDatum(ends[i]->has_message));
-	CHAT_DB_COLUMN(chat_uuids, UUIDPGetDatum(&ends[i]->job->answer));
-	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->content));
-	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->refusal));
-	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->tool_calls));
-	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->function_call));
-	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->metadata));
+	CHAT_DB_COLUMN(chat_texts, model_of(metadata[i]));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->prompt_tokens));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->completion_tokens));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->usage));
 	CHAT_DB_COLUMN(chat_int8s, Int64GetDatum(ends[i]->context_tokens));
 	CHAT_DB_COLUMN(chat_texts, chat_db_text_or_null(ends[i]->compaction));
 	chat_db_exec(&finish_jobs, params, NULL);
-	chat_queue_mark(ends, n);
+	add_answers(ends, metadata, n);
 }
 
 /* Gives jobs back to the queue: to be tried again, or as if never taken. */

@@ -3,7 +3,8 @@
  *		LLM endpoints: the options of wrapper chat_llm, the keys of its user
  *		mappings, and what a request needs of them.
  *
- * Owns the setting chat.default_server and the table of options.  Foreign
+ * Owns the setting chat.default_server, the table of options, and which
+ * wrappers were found to be the extension's (local to the process).  Foreign
  * servers belong to whoever created them: an endpoint's address and its key
  * come from the catalog alone, never from a setting, a session or a call.
  *
@@ -31,6 +32,7 @@
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/jsonb.h"
 #include "utils/syscache.h"
 
@@ -123,7 +125,18 @@ static const ChatOptionTable table = {options, lengthof(options)};
 
 char	   *chat_server_default = NULL;
 
+/* wrappers that were found to be the extension's */
+static Oid	our_wrappers[4];
+static int	nour_wrappers = 0;
+
 PG_FUNCTION_INFO_V1(chat_llm_validator);
+
+/* Forgets which wrappers are ours when one changes. */
+static void
+forget_wrappers(Datum arg, int cacheid, uint32 hashvalue)
+{
+	nour_wrappers = 0;
+}
 
 /*
  * Declares the setting.  Any user may set it: it picks among servers that
@@ -137,6 +150,8 @@ chat_server_init(void)
 							   "The session's owner needs USAGE on it.",
 							   &chat_server_default, "", PGC_USERSET, 0,
 							   NULL, NULL, NULL);
+	CacheRegisterSyscacheCallback(FOREIGNDATAWRAPPEROID, forget_wrappers,
+								  (Datum) 0);
 }
 
 /*
@@ -221,15 +236,26 @@ chat_llm_validator(PG_FUNCTION_ARGS)
  * Servers
  */
 
-/* Whether a foreign-data wrapper is the one that this extension made. */
+/*
+ * Whether a foreign-data wrapper is the one that this extension made.  That it
+ * is of the extension is looked up in two catalogs, so it is remembered.
+ */
 static bool
 is_our_wrapper(Oid fdwid, const char *wrapper)
 {
 	ForeignDataWrapper *fdw = GetForeignDataWrapper(fdwid);
 
-	return strcmp(fdw->fdwname, wrapper) == 0 &&
-		getExtensionOfObject(ForeignDataWrapperRelationId, fdwid) ==
-		get_extension_oid("chat", false);
+	if (strcmp(fdw->fdwname, wrapper) != 0)
+		return false;
+	for (int i = 0; i < nour_wrappers; i++)
+		if (our_wrappers[i] == fdwid)
+			return true;
+	if (getExtensionOfObject(ForeignDataWrapperRelationId, fdwid) !=
+		get_extension_oid("chat", false))
+		return false;
+	if (nour_wrappers < (int) lengthof(our_wrappers))
+		our_wrappers[nour_wrappers++] = fdwid;
+	return true;
 }
 
 /* Finds the catalog's entry of a wrapper's server, see server.h. */

@@ -3,9 +3,9 @@
  *		The runtime functions that users call: stream_chat_completion,
  *		cancel_task, ask, worker_status; and the trigger that rings.
  *
- * Owns the statements that put tasks and jobs into the tables.  A call holds
- * its session's row lock and nothing else (P5): no notification, no lock of
- * the queue; the worker is woken by latch when the transaction commits.
+ * Owns the statements of what is called.  A call holds its session's row lock
+ * and nothing else (P5); the worker is woken by latch when the transaction
+ * commits.
  */
 #include "postgres.h"
 
@@ -26,7 +26,6 @@
 
 #include "compat.h"
 #include "db.h"
-#include "rows.h"
 #include "server.h"
 #include "session.h"
 #include "shmem.h"
@@ -47,71 +46,6 @@ PG_FUNCTION_INFO_V1(chat_cancel_task);
 PG_FUNCTION_INFO_V1(chat_rerun_job);
 PG_FUNCTION_INFO_V1(chat_ask);
 PG_FUNCTION_INFO_V1(chat_worker_status);
-
-/* CHAT_VISIBLE, $4 user_id that is asked for or NULL */
-CHAT_STMT(lock_session,
-		  "SELECT s.owner::oid, s.server::text, s.settings->>'model'"
-		  " FROM chat.chat_session AS s WHERE" CHAT_VISIBLE
-		  " AND ($4 IS NULL OR s.user_id = $4) FOR NO KEY UPDATE",
-		  CHAT_VISIBLE_TYPES, TEXTOID);
-
-/* $1 session, $2 message id */
-CHAT_STMT(find_task,
-		  "SELECT t.id FROM chat.chat_task AS t"
-		  " WHERE t.session_id = $1 AND t.message_id = $2"
-		  " UNION ALL SELECT NULL::uuid FROM chat.chat_message AS m"
-		  " WHERE m.session_id = $1 AND m.id = $2",
-		  UUIDOID, UUIDOID);
-
-/*
- * $1 session, $2 role, $3 content (NULL: none), $4 context: what the rows of
- * a turn need.  Only the head task of a session has a job.
- */
-CHAT_STMT(plan_task,
-		  "SELECT gen_random_uuid(), gen_random_uuid(),"
-		  " nextval('chat.chat_task_place_seq'),"
-		  " CASE WHEN $3 IS NOT NULL THEN"
-		  "  jsonb_build_object('role', $2, 'content', $3, 'metadata',"
-		  "   CASE WHEN $4 IS NULL THEN '{}'"
-		  "   ELSE jsonb_build_object('context', $4) END) END,"
-		  " CASE WHEN NOT EXISTS (" CHAT_BUSY_TASK("$1", "") ")"
-		  "  THEN nextval('chat.chat_job_id_seq') END",
-		  UUIDOID, TEXTOID, TEXTOID, JSONBOID);
-
-/* $1 session: the task that has it, or the first that will */
-CHAT_STMT(find_busy,
-		  "SELECT t.id::text, t.status FROM"
-		  " (" CHAT_BUSY_TASK("$1", "b.id, b.status, b.place") ") AS t"
-		  " ORDER BY t.status <> 'queued' DESC, t.place LIMIT 1",
-		  UUIDOID);
-
-/*
- * $1 session, $2 interrupt or rollback: its tasks make room for another.  One
- * that is queued starts all the same, so that its message takes its place,
- * and ends at once.
- */
-CHAT_STMT(supersede_tasks,
-		  "WITH task AS ("
-		  " UPDATE chat.chat_task AS t SET superseded = $2"
-		  " WHERE t.id = ANY (ARRAY(" CHAT_BUSY_TASK("$1", "b.id") "))"
-		  "  AND t.superseded IS DISTINCT FROM 'rollback'"
-		  " RETURNING t.id)"
-		  " UPDATE chat.chat_job AS j SET cancel = true,"
-		  "  run_at = '-infinity' FROM task"
-		  " WHERE j.session_id = $1 AND j.task_id = task.id"
-		  "  AND j.kind = 'completion'",
-		  UUIDOID, TEXTOID);
-
-/* $1 session: a summary of what is about to be hidden is none */
-CHAT_STMT(forget_summary,
-		  "UPDATE chat.chat_session AS s SET summary = NULL,"
-		  " summary_sequence = 0 WHERE s.id = $1 AND s.summary IS NOT NULL"
-		  " AND EXISTS (SELECT FROM chat.chat_task AS t"
-		  "  JOIN chat.chat_message AS m ON m.session_id = t.session_id"
-		  "   AND m.task_id = t.id AND m.sequence <= s.summary_sequence"
-		  "  WHERE t.session_id = $1 AND t.superseded = 'rollback'"
-		  "   AND t.finished_at IS NULL)",
-		  UUIDOID);
 
 /* CHAT_VISIBLE of the session, $4 task: locks the session */
 CHAT_STMT(lock_task_session,
@@ -316,216 +250,6 @@ chat_task_check(const ChatCall *c)
 				 errhint("Valid values are enqueue, reject, interrupt and rollback.")));
 }
 
-/*
- * Looks for the task that a message id has started already; false if there
- * is none.  An id that a stored message has, but no task, is an error.
- */
-static bool
-find_earlier(const ChatCall *c, pg_uuid_t *task)
-{
-	Datum		values[2] = {UUIDPGetDatum(c->session), (Datum) 0};
-
-	if (c->message_id == NULL)
-		return false;
-	values[1] = UUIDPGetDatum(c->message_id);
-	if (chat_db_exec_now(&find_task, values, NULL) == 0)
-		return false;
-	if (chat_db_isnull(0, 1))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNIQUE_VIOLATION),
-				 errmsg("message id is taken"),
-				 errdetail("The session holds a message with this id that no call of stream_chat_completion has sent.")));
-	*task = chat_db_uuid(0, 1);
-	return true;
-}
-
-/* Locks the session; says whose it is and what endpoint it names. */
-static void
-lock_call_session(const ChatCall *c, const ChatScope *scope, Oid *owner,
-				  char **server, char **model)
-{
-	Datum		values[4];
-	char		nulls[5] = "    ";
-
-	values[0] = UUIDPGetDatum(c->session);
-	chat_db_caller(scope, values);
-	values[3] = PointerGetDatum(c->user_id);
-	nulls[3] = c->user_id ? ' ' : 'n';
-	if (chat_db_exec(&lock_session, values, nulls) == 0)
-		chat_session_missing(c->session);
-	*owner = chat_db_oid(0, 1);
-	*server = c->server ? c->server : chat_db_text(0, 2);
-	if (*server == NULL)
-		*server = chat_server_default;
-	*model = chat_db_text(0, 3);
-}
-
-/* Returns the model that the call's options name, else the session's. */
-static const char *
-call_model(const ChatCall *c, const char *session_model)
-{
-	JsonbValue	v;
-
-	if (c->options &&
-		getKeyJsonValueFromContainer(&c->options->root, "model", 5, &v) &&
-		v.type == jbvString)
-		return pnstrdup(v.val.string.val, v.val.string.len);
-	return session_model;
-}
-
-/* Does with the tasks of a busy session what the call says. */
-static void
-make_room(const ChatCall *c)
-{
-	Datum		values[2] = {UUIDPGetDatum(c->session), (Datum) 0};
-
-	if (c->on_busy == NULL || strcmp(c->on_busy, "enqueue") == 0)
-		return;
-	if (strcmp(c->on_busy, "reject") != 0)
-	{
-		values[1] = CStringGetTextDatum(c->on_busy);
-		chat_db_exec_now(&supersede_tasks, values, NULL);
-		chat_db_exec(&forget_summary, values, NULL);
-	}
-	else if (chat_db_exec_now(&find_busy, values, NULL) > 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_IN_USE),
-				 errmsg("session is busy"),
-				 errdetail("Task %s is %s.", chat_db_text(0, 1),
-						   chat_db_text(0, 2)),
-				 errhint("Follow that task, or say on_busy => 'enqueue', 'interrupt' or 'rollback'.")));
-}
-
-/* What the rows of a new turn have in common. */
-typedef struct NewTurn
-{
-	const ChatCall *call;
-	Oid			owner;
-	Name		server;
-	pg_uuid_t	task;
-	pg_uuid_t	answer;
-	int64		place;
-	Datum		input;			/* 0 = none */
-	int64		job;			/* 0 = others are before it */
-} NewTurn;
-
-/* Says what the rows of a turn hold. */
-static void
-plan_turn(NewTurn *t)
-{
-	const ChatCall *c = t->call;
-	Datum		values[4];
-	char		nulls[5] = "    ";
-	bool		isnull;
-
-	values[0] = UUIDPGetDatum(c->session);
-	values[1] = CStringGetTextDatum(c->is_user_message ? "user" : "assistant");
-	values[2] = PointerGetDatum(c->message);
-	nulls[2] = c->message ? ' ' : 'n';
-	values[3] = PointerGetDatum(c->context);
-	nulls[3] = c->context ? ' ' : 'n';
-	chat_db_exec_now(&plan_task, values, nulls);
-	t->task = chat_db_uuid(0, 1);
-	t->answer = chat_db_uuid(0, 2);
-	t->place = chat_db_int64(0, 3, 0);
-	t->input = chat_db_datum(0, 4, &isnull);
-	t->input = isnull ? (Datum) 0 : t->input;
-	t->job = chat_db_int64(0, 5, 0);
-}
-
-/* Stores the task of a turn. */
-static void
-add_task(const NewTurn *t)
-{
-	const ChatCall *c = t->call;
-	Datum		options = c->options ? JsonbPGetDatum(c->options)
-	: DirectFunctionCall1(jsonb_in, CStringGetDatum("{}"));
-	Datum		now = TimestampTzGetDatum(GetCurrentTransactionStartTimestamp());
-	ChatColumn	columns[] = {
-		CHAT_COLUMN("id", UUIDPGetDatum(&t->task)),
-		CHAT_COLUMN("session_id", UUIDPGetDatum(c->session)),
-		CHAT_COLUMN("place", Int64GetDatum(t->place)),
-		CHAT_COLUMN("status", CStringGetTextDatum("queued")),
-		{"message_id", UUIDPGetDatum(c->message_id), c->message_id == NULL},
-		{"input", t->input, t->input == (Datum) 0},
-		CHAT_COLUMN("server", NameGetDatum(t->server)),
-		CHAT_COLUMN("options", options),
-		CHAT_COLUMN("answer_id", UUIDPGetDatum(&t->answer)),
-		CHAT_COLUMN("run", Int32GetDatum(-1)),
-		CHAT_COLUMN("detached", BoolGetDatum(false)),
-		CHAT_COLUMN("steps", Int32GetDatum(0)),
-		CHAT_COLUMN("prompt_tokens", Int64GetDatum(0)),
-		CHAT_COLUMN("completion_tokens", Int64GetDatum(0)),
-		CHAT_COLUMN("created_at", now),
-	};
-
-	chat_rows_insert("chat_task", columns, lengthof(columns));
-}
-
-/* Stores the job of a turn, and rings when the transaction commits. */
-static void
-add_job(const NewTurn *t)
-{
-	Datum		now = TimestampTzGetDatum(GetCurrentTransactionStartTimestamp());
-	ChatColumn	columns[] = {
-		CHAT_COLUMN("id", Int64GetDatum(t->job)),
-		CHAT_COLUMN("kind", CStringGetTextDatum("completion")),
-		CHAT_COLUMN("session_id", UUIDPGetDatum(t->call->session)),
-		CHAT_COLUMN("task_id", UUIDPGetDatum(&t->task)),
-		CHAT_COLUMN("server", NameGetDatum(t->server)),
-		CHAT_COLUMN("owner", ObjectIdGetDatum(t->owner)),
-		CHAT_COLUMN("database", ObjectIdGetDatum(MyDatabaseId)),
-		CHAT_COLUMN("priority", Int16GetDatum(0)),
-		CHAT_COLUMN("created_at", now),
-		CHAT_COLUMN("run_at", TimestampTzGetDatum(DT_NOBEGIN)),
-		CHAT_COLUMN("attempts", Int32GetDatum(0)),
-		CHAT_COLUMN("crashes", Int32GetDatum(0)),
-		CHAT_COLUMN("blamed", Int32GetDatum(0)),
-		CHAT_COLUMN("cancel", BoolGetDatum(false)),
-		CHAT_COLUMN("reset", BoolGetDatum(false)),
-		CHAT_COLUMN("rerun", BoolGetDatum(false)),
-		CHAT_COLUMN("last_seq", Int64GetDatum(0)),
-		CHAT_COLUMN("parked", BoolGetDatum(false)),
-		CHAT_COLUMN("waited", Int32GetDatum(0)),
-		CHAT_COLUMN("epoch", Int64GetDatum(0)),
-	};
-
-	chat_rows_insert("chat_job", columns, lengthof(columns));
-	chat_shmem_ring_at_commit(false);
-}
-
-/*
- * Queues a turn, unless its message id has started one; returns its task.  Who
- * queues locks the session, to which the rows refer, but does not write to it,
- * so only the latest snapshot tells what was queued before.
- */
-pg_uuid_t
-chat_task_queue(const ChatScope *scope, const ChatCall *c)
-{
-	NewTurn		t = {.call = c};
-	pg_uuid_t	earlier;
-	NameData	name;
-	char	   *server;
-	char	   *model;
-
-	lock_call_session(c, scope, &t.owner, &server, &model);
-	if (find_earlier(c, &earlier))
-		return earlier;
-	chat_server_check(server, t.owner, call_model(c, model));
-	chat_usage_check(c->session);
-	make_room(c);
-	namestrcpy(&name, server);
-	t.server = &name;
-	plan_turn(&t);
-	add_task(&t);
-	if (t.job != 0)
-		add_job(&t);
-	/* the worker asks for one when it takes up a message of a call */
-	if (c->message == NULL)
-		chat_title_want(c->session, server, t.owner);
-	return t.task;
-}
-
 /* stream_chat_completion: queues a turn, returns its task. */
 Datum
 chat_stream_chat_completion(PG_FUNCTION_ARGS)
@@ -538,7 +262,7 @@ chat_stream_chat_completion(PG_FUNCTION_ARGS)
 	read_call(fcinfo, &c);
 	chat_task_check(&c);
 	chat_db_enter(&scope);
-	*task = chat_task_queue(&scope, &c);
+	*task = chat_enqueue(&scope, &c);
 	chat_db_leave(&scope);
 	PG_RETURN_UUID_P(task);
 }
@@ -620,7 +344,7 @@ chat_rerun_job(PG_FUNCTION_ARGS)
 	call.session = &session;
 	call.server = chat_db_text(0, 2);
 	call.options = DatumGetJsonbPCopy(chat_db_datum(0, 3, &(bool) {false}));
-	*task = chat_task_queue(&scope, &call);
+	*task = chat_enqueue(&scope, &call);
 	values[1] = UUIDPGetDatum(task);
 	chat_db_exec(&mark_rerun, values, NULL);
 	chat_db_leave(&scope);
