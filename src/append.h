@@ -28,7 +28,7 @@ typedef struct ChatNewMessage
 /* Appends messages; what they point to has to last until then. */
 extern void chat_append_messages(const ChatNewMessage *messages, int n);
 
-/* Returns a new id. */
-extern pg_uuid_t chat_append_id(void);
+/* Makes new ids. */
+extern void chat_append_ids(pg_uuid_t *ids, int n);
 
 #endif							/* CHAT_APPEND_H */

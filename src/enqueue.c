@@ -319,9 +319,11 @@ static void
 plan_turn(NewTurn *t)
 {
 	const ChatCall *c = t->call;
+	pg_uuid_t	ids[2];
 
-	t->task = chat_append_id();
-	t->answer = chat_append_id();
+	chat_append_ids(ids, lengthof(ids));
+	t->task = ids[0];
+	t->answer = ids[1];
 	t->place = next_of("chat_task_place_seq");
 	t->input = c->message ? make_input(c) : (Datum) 0;
 	t->job = is_busy(c->session) ? 0 : next_of("chat_job_id_seq");

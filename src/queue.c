@@ -561,8 +561,10 @@ static void
 add_questions(const ChatJob *jobs, int n)
 {
 	ChatNewMessage *messages = palloc0(sizeof(ChatNewMessage) * n);
+	pg_uuid_t  *ids = palloc(sizeof(pg_uuid_t) * n);
 	int			nmessages = 0;
 
+	chat_append_ids(ids, n);
 	for (int i = 0; i < n; i++)
 	{
 		ChatNewMessage *m = &messages[nmessages];
@@ -574,7 +576,7 @@ add_questions(const ChatJob *jobs, int n)
 		m->session = jobs[i].session;
 		m->task = jobs[i].task;
 		m->sequence = chat_db_int64(i, 29, 0);
-		m->id = chat_db_isnull(i, 30) ? chat_append_id() : chat_db_uuid(i, 30);
+		m->id = chat_db_isnull(i, 30) ? ids[i] : chat_db_uuid(i, 30);
 		m->content = chat_db_datum(i, 32, &isnull);
 		m->metadata = chat_db_datum(i, 33, &isnull);
 		nmessages++;
@@ -610,7 +612,8 @@ chat_queue_claim(const ChatClaim *claim, ChatJob **jobs, ChatQueueRest *rest)
 	*jobs = palloc0(sizeof(ChatJob) * Max(n, 1));
 	for (int i = 0; i < n; i++)
 		read_job(&(*jobs)[i], i);
-	add_questions(*jobs, n);
+	if (n > 0)
+		add_questions(*jobs, n);
 	read_rest(claim, *jobs, n, rest);
 	return n;
 }

@@ -3,11 +3,10 @@
  *		Reading and appending rows without a plan, as the catalogs' own code and
  *		COPY do: for the rows of events, and of the turns that are queued.
  *
- * NOT NULL, CHECKs and unique indexes hold.  Domains, defaults, foreign keys
- * and rules have no part in it: whoever appends says what they would have, and
- * holds the row that a key refers to locked.  Triggers have where it is asked
- * for.  A statement costs several times as much, most of it before its first
- * row.
+ * NOT NULL, CHECKs and unique indexes hold.  Domains, foreign keys and rules
+ * have no part in it: whoever appends says what they would have, and holds the
+ * row that a key refers to locked.  Triggers have where it is asked for.  A
+ * statement costs several times as much, most of it before its first row.
  *
  * Owns what is known of the tables that were opened: which indexes there are,
  * and their conditions, ready to be tested.  It is local to the process,
@@ -23,7 +22,9 @@
 #include "catalog/pg_am.h"
 #include "commands/trigger.h"
 #include "executor/executor.h"
+#include "executor/nodeModifyTable.h"
 #include "nodes/makefuncs.h"
+#include "rewrite/rewriteHandler.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
@@ -190,6 +191,21 @@ chat_rows_open(ChatRows *rows, const char *table, bool triggers)
 	MemoryContextSwitchTo(rows->memory);
 }
 
+/* Makes a row what its table's declaration says, or raises an error. */
+static void
+complete(ChatRows *rows, TupleTableSlot *slot)
+{
+	EState	   *estate = rows->known->estate;
+	ResultRelInfo *result = rows->known->result;
+	TupleConstr *constr = rows->rel->rd_att->constr;
+
+	slot->tts_tableOid = RelationGetRelid(rows->rel);
+	if (constr && constr->has_generated_stored)
+		ExecComputeStoredGenerated(result, estate, slot, CMD_INSERT);
+	if (constr)
+		ExecConstraints(result, slot, estate);
+}
+
 /* Appends rows, by pages. */
 static void
 append_plain(ChatRows *rows, TupleTableSlot **slots, int n)
@@ -198,8 +214,8 @@ append_plain(ChatRows *rows, TupleTableSlot **slots, int n)
 	ResultRelInfo *result = rows->known->result;
 	CommandId	command = GetCurrentCommandId(true);
 
-	for (int i = 0; i < n && rows->rel->rd_att->constr; i++)
-		ExecConstraints(result, slots[i], estate);
+	for (int i = 0; i < n; i++)
+		complete(rows, slots[i]);
 	if (n == 1)
 		table_tuple_insert(rows->rel, slots[0], command, 0, NULL);
 	else
@@ -229,7 +245,7 @@ append_fired(ChatRows *rows, TupleTableSlot **slots, int n)
 		if (desc->trig_insert_before_row &&
 			!ExecBRInsertTriggers(estate, result, slots[i]))
 			continue;
-		ExecConstraints(result, slots[i], estate);
+		complete(rows, slots[i]);
 		table_tuple_insert(rows->rel, slots[i], GetCurrentCommandId(true), 0,
 						   NULL);
 		recheck = chat_insert_index_tuples(result, slots[i], estate);
@@ -265,22 +281,43 @@ chat_rows_close(ChatRows *rows)
 	MemoryContextSwitchTo(rows->outer);
 	MemoryContextDelete(rows->memory);
 }
+/*
+ * Puts the default of a column into a slot: of one that an administrator has
+ * added, as all others that have one are given.
+ */
+static void
+fill_default(ChatRows *rows, TupleTableSlot *slot, int column)
+{
+	EState	   *estate = rows->known->estate;
+	Node	   *expr = build_column_default(rows->rel, column + 1);
+
+	if (expr == NULL)
+		return;
+	slot->tts_values[column] =
+		ExecEvalExprSwitchContext(ExecPrepareExpr((Expr *) expr, estate),
+								  GetPerTupleExprContext(estate),
+								  &slot->tts_isnull[column]);
+}
+
 /* Puts the columns into a slot; raises an error if there is no such column. */
 static void
-fill_slot(TupleTableSlot *slot, const ChatColumn *columns, int n)
+fill_slot(ChatRows *rows, TupleTableSlot *slot, const ChatColumn *columns,
+		  int n)
 {
 	TupleDesc	desc = slot->tts_tupleDescriptor;
 	int			at = 0;
 
 	for (int i = 0; i < desc->natts; i++)
 	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
 		bool		given = at < n &&
-			strcmp(NameStr(TupleDescAttr(desc, i)->attname),
-				   columns[at].name) == 0;
+			strcmp(NameStr(att->attname), columns[at].name) == 0;
 
 		slot->tts_isnull[i] = !given || columns[at].isnull;
 		slot->tts_values[i] = slot->tts_isnull[i] ? (Datum) 0
 			: columns[at].value;
+		if (!given && att->atthasdef && att->attgenerated == '\0')
+			fill_default(rows, slot, i);
 		at += given;
 	}
 	if (at < n)
@@ -290,14 +327,14 @@ fill_slot(TupleTableSlot *slot, const ChatColumn *columns, int n)
 
 /*
  * Returns a new row, not yet appended; its columns are given in the order of
- * the table, those that are left out are NULL.
+ * the table, those that are left out have their defaults, or are NULL.
  */
 TupleTableSlot *
 chat_rows_slot(ChatRows *rows, const ChatColumn *columns, int n)
 {
 	TupleTableSlot *slot = table_slot_create(rows->rel, NULL);
 
-	fill_slot(slot, columns, n);
+	fill_slot(rows, slot, columns, n);
 	return slot;
 }
 

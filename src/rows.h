@@ -39,7 +39,7 @@ extern void chat_rows_open(ChatRows *rows, const char *table, bool triggers);
 
 /*
  * Returns a new row, not yet appended; its columns are given in the order of
- * the table, those that are left out are NULL.
+ * the table, those that are left out have their defaults, or are NULL.
  */
 extern TupleTableSlot *chat_rows_slot(ChatRows *rows,
 									  const ChatColumn *columns, int n);
