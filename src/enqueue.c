@@ -157,6 +157,8 @@ lock_call_session(const ChatCall *c, const ChatScope *scope, SessionRow *s)
 	ChatProbe	probe;
 	bool		found;
 
+	/* what the statement that calls has done so far counts */
+	CommandCounterIncrement();
 	chat_rows_probe(&probe, rel, "chat_session_pkey", c->session,
 					GetTransactionSnapshot());
 	/* what is not the caller's is not waited for */
@@ -232,22 +234,24 @@ is_busy(const pg_uuid_t *session)
 	"chat_task_waiting_idx", "chat_task_queued_idx"};
 	Relation	rel = chat_rows_table("chat_task", AccessShareLock);
 	TupleTableSlot *row = table_slot_create(rel, NULL);
+	Snapshot	now;
 	bool		busy = false;
 
 	CommandCounterIncrement();
+	now = RegisterSnapshot(GetLatestSnapshot());
 	for (size_t i = 0; i < lengthof(indexes) && !busy; i++)
 	{
 		ChatProbe	probe;
 		bool		isnull;
 
-		chat_rows_probe(&probe, rel, indexes[i], session,
-						GetLatestSnapshot());
+		chat_rows_probe(&probe, rel, indexes[i], session, now);
 		/* one that waits elsewhere leaves the session free */
 		while (!busy && chat_rows_next(&probe, row))
 			busy = !(is_text(row, "status", "waiting") &&
 					 DatumGetBool(chat_rows_get(row, "detached", &isnull)));
 		chat_rows_end(&probe);
 	}
+	UnregisterSnapshot(now);
 	ExecDropSingleTupleTableSlot(row);
 	table_close(rel, NoLock);
 	return busy;
@@ -403,6 +407,7 @@ chat_enqueue(const ChatScope *scope, const ChatCall *c)
 	NameData	name;
 	SessionRow	session;
 
+	PreventCommandIfReadOnly("stream_chat_completion()");
 	lock_call_session(c, scope, &session);
 	if (find_earlier(c, &earlier))
 		return earlier;

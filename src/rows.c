@@ -20,6 +20,7 @@
 #include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_am.h"
+#include "catalog/pg_trigger.h"
 #include "commands/trigger.h"
 #include "executor/executor.h"
 #include "executor/nodeModifyTable.h"
@@ -30,6 +31,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 
 #include "compat.h"
 #include "rows.h"
@@ -37,14 +39,15 @@
 /* chat_task, chat_job, chat_session and the slots of chat_event */
 #define MAX_TABLES 16
 
-/* What is known of a table. */
+/* What is known of a table.  Nobody opens one that he has open. */
 typedef struct Known
 {
 	char		name[NAMEDATALEN];
 	Oid			oid;			/* InvalidOid = nothing is known */
 	bool		stale;			/* the table is another since */
-	bool		open;			/* or an error came while it was */
-	MemoryContext context;		/* of the two below */
+	bool		open;			/* or an error came while it was: all is void */
+	bool		fires;			/* it has triggers for an append to fire */
+	MemoryContext context;		/* of all below */
 	EState	   *estate;
 	ResultRelInfo *result;
 	int			nindexes;
@@ -62,6 +65,13 @@ mark_stale(Datum arg, Oid oid)
 			tables[i].stale = true;
 }
 
+/* Marks all as old: a function that a condition calls may be another. */
+static void
+mark_all_stale(Datum arg, int cacheid, uint32 hashvalue)
+{
+	mark_stale(arg, InvalidOid);
+}
+
 /* Finds the place of a table among those that are known, or one for it. */
 static Known *
 find_known(const char *name)
@@ -69,7 +79,10 @@ find_known(const char *name)
 	static bool registered = false;
 
 	if (!registered)
+	{
 		CacheRegisterRelcacheCallback(mark_stale, (Datum) 0);
+		CacheRegisterSyscacheCallback(PROCOID, mark_all_stale, (Datum) 0);
+	}
 	registered = true;
 	for (int i = 0; i < MAX_TABLES; i++)
 	{
@@ -88,8 +101,11 @@ forget(Known *k)
 	if (k->context != NULL)
 		MemoryContextDelete(k->context);
 	k->context = NULL;
+	k->estate = NULL;
+	k->result = NULL;
+	k->indexes = NULL;
+	k->nindexes = 0;
 	k->oid = InvalidOid;
-	k->open = false;
 }
 
 /*
@@ -118,15 +134,25 @@ reopen(Known *k)
 	return rel;
 }
 
-/* True if a table has triggers that somebody has made, not a constraint. */
+/*
+ * True if a table has triggers that an append has to fire: any but that of the
+ * foreign key which all have, as who appends holds the session locked.
+ */
 static bool
 has_triggers(const ResultRelInfo *result)
 {
 	const TriggerDesc *desc = result->ri_TrigDesc;
+	Oid			session = chat_rows_oid("chat_session");
 
 	for (int i = 0; desc != NULL && i < desc->numtriggers; i++)
-		if (!desc->triggers[i].tgisinternal)
+	{
+		const Trigger *t = &desc->triggers[i];
+
+		if (TRIGGER_FOR_INSERT(t->tgtype) &&
+			!(t->tgfoid == F_RI_FKEY_CHECK_INS &&
+			  t->tgconstrrelid == session))
 			return true;
+	}
 	return false;
 }
 
@@ -144,6 +170,7 @@ look(Known *k, bool triggers)
 
 	forget(k);
 	k->stale = false;
+	k->open = true;
 	rel = table_openrv(makeRangeVar("chat", k->name, -1), RowExclusiveLock);
 	k->oid = RelationGetRelid(rel);
 	k->context = AllocSetContextCreate(TopMemoryContext, "chat table",
@@ -154,7 +181,8 @@ look(Known *k, bool triggers)
 	k->result = makeNode(ResultRelInfo);
 	InitResultRelInfo(k->result, rel, 0, NULL, 0);	/* in no range table */
 	ExecOpenIndices(k->result, false);
-	keep = !(triggers && has_triggers(k->result));
+	k->fires = has_triggers(k->result);
+	keep = !(triggers && k->fires);
 	k->nindexes = k->result->ri_NumIndices;
 	k->indexes = palloc(sizeof(Oid) * Max(k->nindexes, 1));
 	for (int i = 0; i < k->nindexes; i++)
@@ -172,7 +200,7 @@ look(Known *k, bool triggers)
 
 /*
  * Opens a table of schema chat; its memory is current until it is closed.
- * With triggers those of the administrator are fired.
+ * With triggers those that somebody has added are fired.
  */
 void
 chat_rows_open(ChatRows *rows, const char *table, bool triggers)
@@ -184,7 +212,7 @@ chat_rows_open(ChatRows *rows, const char *table, bool triggers)
 		rows->rel = look(k, triggers);
 	k->open = true;
 	rows->known = k;
-	rows->triggers = triggers && has_triggers(k->result);
+	rows->triggers = triggers && k->fires;
 	rows->outer = CurrentMemoryContext;
 	rows->memory = AllocSetContextCreate(CurrentMemoryContext, "chat rows",
 										 ALLOCSET_DEFAULT_SIZES);
@@ -254,6 +282,7 @@ append_fired(ChatRows *rows, TupleTableSlot **slots, int n)
 	ExecASInsertTriggers(estate, result, capture);
 	AfterTriggerEndQuery(estate);
 	ExecCloseResultRelations(estate);
+	estate->es_trig_target_relations = NIL;
 }
 
 /* Appends rows. */
@@ -422,7 +451,7 @@ chat_rows_lock(ChatProbe *probe, TupleTableSlot *row)
 				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 				 errmsg("could not serialize access due to concurrent %s",
 						result == TM_Updated ? "update" : "delete")));
-	if (result != TM_Deleted)
+	if (result != TM_Deleted && result != TM_SelfModified)
 		elog(ERROR, "unexpected result of locking a row: %d", (int) result);
 	return false;
 }

@@ -33,7 +33,7 @@ typedef struct ChatColumn
 
 /*
  * Opens a table of schema chat; its memory is current until it is closed.
- * With triggers those of the administrator are fired.
+ * With triggers those that somebody has added are fired.
  */
 extern void chat_rows_open(ChatRows *rows, const char *table, bool triggers);
 

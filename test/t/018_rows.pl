@@ -16,6 +16,7 @@ my $node = chat_cluster('main');
 create_server($node, $fake);
 my $session = create_session($node)->{id};
 my $caller = $node->background_psql('postgres', on_error_stop => 0);
+my $task;
 
 # Runs a turn that the long-lived connection calls for; returns its task.
 sub turn
@@ -112,6 +113,35 @@ turn('ten');
 change('ALTER TABLE chat.chat_task DROP CONSTRAINT no');
 turn('never');
 
+# a look at a table that is broken off is none
+my $holder = $node->background_psql('postgres');
+$holder->query_safe('BEGIN; ALTER INDEX chat.chat_task_pkey SET TABLESPACE pg_default');
+my $late = $node->background_psql('postgres', on_error_stop => 0);
+is( $late->query("SET lock_timeout = '10ms';\n"
+	  . "SELECT chat.stream_chat_completion('$session', 'too early');\n"
+	  . '\echo :SQLSTATE'),
+	'55P03', 'a call that does not get the lock of an index');
+$holder->query_safe('ROLLBACK');
+$holder->quit;
+$task = $late->query("SELECT chat.stream_chat_completion('$session', 'later')");
+is(wait_for_task($node, $task)->{status}, 'completed', 'and one that does');
+$late->quit;
+complete('chat_task', 'chat_task_pkey', 'id IS NOT NULL');
+
+# what the calling statement has done counts, and it may write
+is( seen("WITH s AS (INSERT INTO chat.chat_session (owner, server)"
+	  . " VALUES ('postgres', 'fake') RETURNING id)"
+	  . " SELECT chat.stream_chat_completion(id, 'new') IS NOT NULL FROM s"),
+	't', 'a session that the same statement has made');
+is( seen("UPDATE chat.chat_session SET title = 'renamed' WHERE id = '$session'"
+	  . " RETURNING chat.stream_chat_completion(id, 'written') IS NOT NULL"),
+	't', 'or has written');
+wait_for($node, 'SELECT count(*) = 0 FROM chat.chat_job');
+my (undef, undef, $error) = $node->psql('postgres',
+	'\set VERBOSITY sqlstate' . "\nSET default_transaction_read_only = on;\n"
+	  . "SELECT chat.stream_chat_completion('$session', 'no')");
+like($error, qr/25006/, 'not in a transaction that only reads');
+
 # columns of the administrator's
 change(<<'EOS');
 ALTER TABLE chat.chat_message
@@ -121,7 +151,7 @@ ALTER TABLE chat.chat_message
 ALTER TABLE chat.chat_message DROP COLUMN gone;
 ALTER TABLE chat.chat_task ADD COLUMN mark int DEFAULT 7;
 EOS
-my $task = turn('eleven');
+$task = turn('eleven');
 is( seen("SELECT string_agg(concat_ws('/', role, tenant, length = length(content)), ' ' ORDER BY sequence)"
 	  . " FROM chat.chat_message WHERE task_id = '$task'"),
 	'user/nobody/t assistant/nobody/t',
@@ -163,6 +193,15 @@ change('DROP TRIGGER a ON chat.chat_message; DROP TRIGGER b ON chat.chat_message
 	  . ' DROP TRIGGER c ON chat.chat_message');
 turn('thirteen');
 is(seen('SELECT count(*) FROM seen'), 6, 'until they are gone');
+
+# a constraint that is checked at the end
+change('ALTER TABLE chat.chat_message ADD CONSTRAINT once UNIQUE (tenant, content)'
+	  . ' DEFERRABLE');
+is( wait_for_task($node, ask($node, $session, 'same [[text=fresh]]'))->{status},
+	'completed', 'a turn that keeps a deferrable constraint');
+$task = ask($node, $session, 'other [[text=fresh]]');
+isnt(wait_for_task($node, $task)->{status}, 'completed', 'and one that does not');
+change('ALTER TABLE chat.chat_message DROP CONSTRAINT once');
 
 # a session that is changed while a call waits for it
 sub meanwhile
