@@ -1,7 +1,7 @@
 /*
  * rows.c
  *		Reading and appending rows without a plan, as the catalogs' own code and
- *		COPY do: for the rows of events, and of the turns that are queued.
+ *		COPY do: for the rows of events, of turns, and of their messages.
  *
  * NOT NULL, CHECKs and unique indexes hold.  Domains, foreign keys and rules
  * have no part in it: whoever appends says what they would have, and holds the
@@ -310,9 +310,11 @@ chat_rows_close(ChatRows *rows)
 	MemoryContextSwitchTo(rows->outer);
 	MemoryContextDelete(rows->memory);
 }
+
 /*
  * Puts the default of a column into a slot: of one that an administrator has
- * added, as all others that have one are given.
+ * added, as all others that have one are given.  It is made ready in the memory
+ * of what is known of the table, which therefore is not kept.
  */
 static void
 fill_default(ChatRows *rows, TupleTableSlot *slot, int column)
@@ -322,6 +324,7 @@ fill_default(ChatRows *rows, TupleTableSlot *slot, int column)
 
 	if (expr == NULL)
 		return;
+	rows->known->stale = true;
 	slot->tts_values[column] =
 		ExecEvalExprSwitchContext(ExecPrepareExpr((Expr *) expr, estate),
 								  GetPerTupleExprContext(estate),
