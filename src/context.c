@@ -73,19 +73,25 @@ CHAT_STMT(last_results,
 
 /*
  * $1 session, $2 sequence: the messages from the step boundary at or before
- * it on, and the newest message of the user.
+ * it on, and the newest message of the user.  Two scans, as one with OR would
+ * be of the whole session.
  */
 CHAT_STMT(load_step,
-		  "SELECT 1," CHAT_CONTEXT_COLUMNS
-		  " FROM chat.chat_message AS m"
-		  " WHERE m.session_id = $1 AND m.active AND (m.sequence >="
-		  "  coalesce((SELECT max(b.sequence)"
+		  "WITH w AS MATERIALIZED ("
+		  " SELECT COALESCE((SELECT max(b.sequence)"
 		  "   FROM chat.chat_message AS b"
 		  "   WHERE b.session_id = $1 AND b.active AND b.sequence <= $2"
-		  "    AND b.role NOT IN ('tool', 'function')), $2)"
-		  " OR m.sequence = (SELECT max(u.sequence)"
-		  "   FROM chat.chat_message AS u"
-		  "   WHERE u.session_id = $1 AND u.active AND u.role = 'user'))",
+		  "    AND b.role NOT IN ('tool', 'function')), $2) AS step,"
+		  "  (SELECT max(u.sequence) FROM chat.chat_message AS u"
+		  "   WHERE u.session_id = $1 AND u.active AND u.role = 'user')"
+		  "   AS question)"
+		  " SELECT 1," CHAT_CONTEXT_COLUMNS
+		  " FROM w CROSS JOIN chat.chat_message AS m"
+		  " WHERE m.session_id = $1 AND m.active AND m.sequence >= w.step"
+		  " UNION ALL SELECT 1," CHAT_CONTEXT_COLUMNS
+		  " FROM w CROSS JOIN chat.chat_message AS m"
+		  " WHERE m.session_id = $1 AND m.active"
+		  "  AND m.sequence = w.question AND w.question < w.step",
 		  UUIDOID, INT8OID);
 
 /* Declares the settings of contexts. */

@@ -290,10 +290,6 @@ chat_db_begin(const char *activity)
 	XactIsoLevel = XACT_READ_COMMITTED;
 	PushActiveSnapshot(GetTransactionSnapshot());
 	chat_db_enter(&worker_scope);
-	/* its probes are of a row or two each, over and over: no bitmap for them */
-	(void) set_config_option("enable_bitmapscan", "off",
-							 PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
 	pgstat_report_activity(STATE_RUNNING, activity);
 }
 

@@ -402,20 +402,27 @@ CHAT_STMT(adopt_calls,
  * such a task has one, except in a database that was restored or copied, or
  * whose queue somebody has emptied.
  */
-#define STRAY_TASK \
-	"t.status IN ('queued', 'running', 'waiting') AND NOT EXISTS" \
-	" (SELECT FROM chat.chat_job AS j WHERE j.session_id = t.session_id" \
-	"  AND j.database = $1)"
+#define HAS_NO_JOB(session) \
+	" NOT EXISTS (SELECT FROM chat.chat_job AS j" \
+	"  WHERE j.session_id = " session " AND j.database = $1 OFFSET 0)"
+
+/* by the index of each status: there may be millions of tasks that have ended */
+#define STRAY_SESSIONS \
+	" SELECT t.session_id FROM (SELECT q.session_id FROM chat.chat_task AS q" \
+	"  WHERE q.status = 'queued'" \
+	" UNION ALL SELECT r.session_id FROM chat.chat_task AS r" \
+	"  WHERE r.status = 'running'" \
+	" UNION ALL SELECT w.session_id FROM chat.chat_task AS w" \
+	"  WHERE w.status = 'waiting') AS t WHERE" HAS_NO_JOB("t.session_id")
 
 CHAT_STMT(count_strays,
-		  "SELECT count(DISTINCT t.session_id) FROM chat.chat_task AS t"
-		  " WHERE " STRAY_TASK,
+		  "SELECT count(DISTINCT n.session_id) FROM (" STRAY_SESSIONS ") AS n",
 		  OIDOID);
 
 /* $1 database: the same, locked */
 CHAT_STMT(lock_strays,
-		  "SELECT s.id FROM chat.chat_session AS s WHERE s.id IN"
-		  "  (SELECT t.session_id FROM chat.chat_task AS t WHERE " STRAY_TASK ")"
+		  "SELECT s.id FROM chat.chat_session AS s"
+		  " WHERE s.id = ANY (ARRAY(" STRAY_SESSIONS "))"
 		  " ORDER BY s.id FOR NO KEY UPDATE OF s SKIP LOCKED",
 		  OIDOID);
 
@@ -429,7 +436,9 @@ CHAT_STMT(end_strays,
 		  "  finished_at = now(), run = GREATEST(t.run + 1, $2),"
 		  "  error = '{\"code\": \"restored\", \"retryable\": true,"
 		  "   \"message\": \"" CHAT_STRAY_MESSAGE "\"}'"
-		  " WHERE t.session_id = ANY ($3) AND " STRAY_TASK
+		  " WHERE t.session_id = ANY ($3)"
+		  "  AND t.status IN ('queued', 'running', 'waiting')"
+		  "  AND" HAS_NO_JOB("t.session_id")
 		  " RETURNING t.id, t.session_id, t.run, t.slot)"
 		  " SELECT task.id, task.run, task.slot, s.channel::text,"
 		  "  EXISTS (SELECT FROM chat.chat_event AS e"

@@ -10,7 +10,6 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
-#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "fmgr.h"
@@ -26,12 +25,9 @@
 
 #include "compat.h"
 #include "db.h"
-#include "server.h"
 #include "session.h"
 #include "shmem.h"
 #include "task.h"
-#include "title.h"
-#include "usage.h"
 
 /* how long ask() waits before it looks whether a worker lives, in ms */
 #define ASK_SLICE 5000

@@ -198,6 +198,9 @@ set_options(void)
 		{"plan_cache_mode", "force_generic_plan"},
 		{"enable_seqscan", "off"},
 		{"enable_mergejoin", "off"},
+		/* of a row or two each: a bitmap would cost more than they do */
+		{"enable_bitmapscan", "off"},
+		{"max_parallel_workers_per_gather", "0"},
 		{"session_replication_role", "origin"},
 	};
 

@@ -88,4 +88,15 @@ is_deeply([ wide($log) ], [],
 
 $fake->open_gate('on', MANY);
 is(wait_for_task($node, $_)->{status}, 'completed', 'a turn that ran') foreach @running;
+
+# the first look of a worker at what there is
+my $worker = wait_for_worker($node);
+$offset = -s $node->logfile;
+$node->safe_psql('postgres', "SELECT pg_terminate_backend($worker)");
+wait_for($node, "SELECT count(*) = 1 FROM chat.worker_status() WHERE pid <> $worker");
+is(wait_for_task($node, ask($node, $old, 'on [[tokens=1]]'))->{status},
+	'completed', 'another worker comes');
+$log = substr(slurp_file($node->logfile), $offset);
+like($log, qr/Query Text: SELECT count\(DISTINCT n\.session_id\)/, 'and looks for tasks without a job');
+is_deeply([ wide($log) ], [], 'it does not read the tasks that have ended');
 done_testing();
