@@ -453,8 +453,13 @@ CHAT_STMT(end_strays,
  */
 CHAT_STMT(move_times,
 		  "WITH moved AS ("
-		  " UPDATE chat.chat_tool_call SET deadline = deadline - $2 * '1 ms'::interval"
-		  " WHERE ended_at IS NULL AND deadline > now() + $2 * '0.5 ms'::interval)"
+		  " UPDATE chat.chat_tool_call AS c"
+		  " SET deadline = c.deadline - $2 * '1 ms'::interval"
+		  /* a call that has not ended is of a task that has a job */
+		  " FROM (SELECT DISTINCT j.task_id FROM chat.chat_job AS j"
+		  "  WHERE j.database = $1 AND j.task_id IS NOT NULL) AS w"
+		  " WHERE c.task_id = w.task_id AND c.ended_at IS NULL"
+		  "  AND c.deadline > now() + $2 * '0.5 ms'::interval)"
 		  " UPDATE chat.chat_job SET run_at = run_at - $2 * '1 ms'::interval"
 		  " WHERE database = $1 AND holder IS NULL AND isfinite(run_at)"
 		  "  AND run_at > now() + $2 * '0.5 ms'::interval",

@@ -45,7 +45,7 @@
 
 #include <libpq-fe.h>
 
-#define MAX_CALLERS		10
+#define MAX_CALLERS		10		/* as a pool of node-postgres has */
 #define MS				INT64_C(1000000)
 #define SECOND			INT64_C(1000000000)
 #define GIVE_UP			(60 * SECOND)	/* without any token */
