@@ -251,8 +251,10 @@ SELECT count(*) FROM chat.add_chat_messages_batch(:'s4', '[
 	{"role": "tool", "tool_call_id": "c4", "content": "{\"type\": \"error\", \"code\": \"denied\"}"},
 	{"role": "tool", "tool_call_id": "c5", "name": "long", "content": "{\"type\": \"operation_pending\"}", "metadata": {"pending": true}}]');
 RESET ROLE;
+INSERT INTO chat.chat_task (id, session_id, status, server)
+VALUES ('00000000-0000-4000-8000-0000000000f2', :'s4', 'waiting', 'nobody');
 INSERT INTO chat.chat_tool_call (operation_id, session_id, task_id, message_id, position, sequence, step, call_id, name, kind, arguments, status)
-VALUES ('00000000-0000-4000-8000-0000000000e2', :'s4', gen_random_uuid(), '00000000-0000-4000-8000-0000000000d2', 2, 4, 1, 'c2', 'asks', 'sql', '{}', 'approval');
+VALUES ('00000000-0000-4000-8000-0000000000e2', :'s4', '00000000-0000-4000-8000-0000000000f2', '00000000-0000-4000-8000-0000000000d2', 2, 4, 1, 'c2', 'asks', 'sql', '{}', 'approval');
 SET ROLE regress_chat_ann;
 SELECT p - 'input' AS part FROM jsonb_path_query(chat.to_ui_messages(:'s4'), '$[1].parts[1 to last]') AS p;
 -- in a copy they never end

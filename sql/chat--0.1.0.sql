@@ -214,7 +214,7 @@ CREATE TABLE chat.chat_job (
 	epoch bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
-	WHERE holder IS NULL AND kind = 'completion';
+	WHERE holder IS NULL AND kind = 'completion' AND NOT parked;
 CREATE INDEX chat_job_side_idx ON chat.chat_job (server, priority, id)
 	WHERE holder IS NULL AND kind IN ('title', 'summary', 'notice');
 CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
@@ -342,7 +342,7 @@ CREATE TABLE chat.chat_usage (
 	estimated boolean NOT NULL DEFAULT false,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 );
-CREATE INDEX chat_usage_created_at_idx ON chat.chat_usage (created_at);
+CREATE INDEX chat_usage_user_id_idx ON chat.chat_usage (user_id, created_at);
 
 CREATE TABLE chat.chat_event (
 	slot smallint NOT NULL,
@@ -952,10 +952,20 @@ COMMENT ON FUNCTION chat.get_task(uuid) IS
 CREATE FUNCTION chat.get_active_task(session_id uuid) RETURNS chat.chat_task
 LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
-	SELECT t FROM chat.chat_task AS t
-	WHERE t.session_id = get_active_task.session_id
-		AND t.status IN ('running', 'queued', 'waiting')
-	ORDER BY t.status = 'running' DESC, t.place LIMIT 1;
+	-- by the index of each status: those that have ended may be many
+	SELECT a.t FROM (
+		SELECT b AS t, 0 AS rank, b.place FROM chat.chat_task AS b
+		WHERE b.session_id = get_active_task.session_id
+			AND b.status = 'running'
+		UNION ALL
+		SELECT b, 1, b.place FROM chat.chat_task AS b
+		WHERE b.session_id = get_active_task.session_id
+			AND b.status = 'waiting'
+		UNION ALL
+		SELECT b, 1, b.place FROM chat.chat_task AS b
+		WHERE b.session_id = get_active_task.session_id
+			AND b.status = 'queued') AS a
+	ORDER BY a.rank, a.place LIMIT 1;
 END;
 COMMENT ON FUNCTION chat.get_active_task(uuid) IS
 'the task that runs in a session, else the next one, or NULL';

@@ -63,11 +63,11 @@ CHAT_STMT(find_answer,
  * task at work or one that waits and has messages there
  */
 CHAT_STMT(find_busy,
-		  "SELECT t.id::text, t.status FROM chat.chat_task AS t"
-		  " WHERE t.session_id = $1 AND (t.status IN ('running', 'queued')"
-		  "  OR t.status = 'waiting' AND EXISTS"
+		  "SELECT t.id::text, t.status FROM ("
+		  CHAT_OPEN_TASK("$1", "b.id, b.status, b.place") ") AS t"
+		  " WHERE t.status <> 'waiting' OR EXISTS"
 		  "  (SELECT FROM chat.chat_message AS m WHERE m.session_id = $1"
-		  "   AND m.active AND m.sequence >= $2 AND m.task_id = t.id))"
+		  "   AND m.active AND m.sequence >= $2 AND m.task_id = t.id)"
 		  " ORDER BY t.status = 'running' DESC, t.place LIMIT 1",
 		  UUIDOID, INT8OID);
 
@@ -114,7 +114,8 @@ CHAT_STMT(fork_session,
 		  "), copied AS MATERIALIZED ("
 		  " SELECT m.*, row_number() OVER (ORDER BY m.sequence) AS n"
 		  " FROM chat.chat_message AS m JOIN source ON m.session_id = source.id"
-		  " WHERE CASE WHEN $4 IS NULL THEN m.active ELSE m.sequence <= $4"
+		  " WHERE m.sequence <= COALESCE($4, 9223372036854775807)"
+		  "  AND CASE WHEN $4 IS NULL THEN m.active ELSE m.sequence <= $4"
 		  "  AND (m.active OR m.superseded_by > $4 OR m.sequence = $4) END"
 		  /* the summary goes with the messages that it is made of, or not */
 		  "), summary AS ("

@@ -68,6 +68,18 @@ typedef struct ChatStmt
 	"  WHERE b.session_id = " session " AND b.status = 'queued'"
 
 /*
+ * The tasks b of a session that have not ended.  By the index of each status:
+ * a session may have had tens of thousands.
+ */
+#define CHAT_OPEN_TASK(session, columns) \
+	" SELECT " columns " FROM chat.chat_task AS b" \
+	"  WHERE b.session_id = " session " AND b.status = 'running'" \
+	" UNION ALL SELECT " columns " FROM chat.chat_task AS b" \
+	"  WHERE b.session_id = " session " AND b.status = 'waiting'" \
+	" UNION ALL SELECT " columns " FROM chat.chat_task AS b" \
+	"  WHERE b.session_id = " session " AND b.status = 'queued'"
+
+/*
  * Tokens of a step that ends and of its attempts that were given up.  "ok" has
  * the step's prompt, completion and usage, and spent, the job's.
  */

@@ -67,11 +67,11 @@ CHAT_STMT(supersede_tasks,
 CHAT_STMT(forget_summary,
 		  "UPDATE chat.chat_session AS s SET summary = NULL,"
 		  " summary_sequence = 0 WHERE s.id = $1 AND s.summary IS NOT NULL"
-		  " AND EXISTS (SELECT FROM chat.chat_task AS t"
-		  "  JOIN chat.chat_message AS m ON m.session_id = t.session_id"
+		  " AND EXISTS (SELECT FROM ("
+		  CHAT_OPEN_TASK("$1", "b.id, b.superseded") ") AS t"
+		  "  JOIN chat.chat_message AS m ON m.session_id = $1"
 		  "   AND m.task_id = t.id AND m.sequence <= s.summary_sequence"
-		  "  WHERE t.session_id = $1 AND t.superseded = 'rollback'"
-		  "   AND t.finished_at IS NULL)",
+		  "  WHERE t.superseded = 'rollback')",
 		  UUIDOID);
 
 /*

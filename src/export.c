@@ -34,8 +34,10 @@ CHAT_STMT(load_messages,
 		  " COALESCE(m.metadata @> '{\"pending\": true}', false),"
 		  " COALESCE(c.status = 'approval', false)"
 		  " FROM chat.chat_message AS m"
-		  " LEFT JOIN chat.chat_tool_call AS c"
-		  " ON c.session_id = m.session_id AND c.sequence = m.sequence"
+		  " LEFT JOIN (SELECT o.* FROM chat.chat_tool_call AS o"
+		  "  WHERE o.task_id = ANY (ARRAY(" CHAT_OPEN_TASK("$1", "b.id") "))"
+		  "   AND o.ended_at IS NULL OFFSET 0) AS c"
+		  " ON c.sequence = m.sequence"
 		  " WHERE m.session_id = $1 AND m.active ORDER BY m.sequence",
 		  UUIDOID);
 

@@ -117,7 +117,8 @@ CHAT_STMT(store_cached,
 CHAT_STMT(wake_turns,
 		  "UPDATE chat.chat_job SET run_at = '-infinity'"
 		  " WHERE kind = 'completion' AND holder IS NULL AND NOT parked"
-		  "  AND database = $1 AND run_at > now() AND run_at < 'infinity'"
+		  "  AND database = $1 AND run_at > '-infinity'"
+		  "  AND run_at > now() AND run_at < 'infinity'"
 		  "  AND waited & " CppAsString2(CHAT_WAITED_PROMPT) " <> 0",
 		  OIDOID);
 

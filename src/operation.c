@@ -52,12 +52,11 @@ CHAT_STMT(find_operation,
  */
 CHAT_STMT(find_call,
 		  "SELECT c.session_id, c.task_id, c.name, c.operation_id"
-		  " FROM chat.chat_session AS s"
-		  " JOIN chat.chat_tool_call AS c ON c.session_id = s.id"
-		  " JOIN chat.chat_task AS t ON t.id = c.task_id"
-		  " WHERE" CHAT_VISIBLE "AND c.call_id = $4 AND c.status = $5"
+		  " FROM chat.chat_session AS s CROSS JOIN chat.chat_tool_call AS c"
+		  " WHERE" CHAT_VISIBLE "AND c.task_id = ANY (ARRAY("
+		  CHAT_OPEN_TASK("$1", "b.id") "))"
+		  " AND c.call_id = $4 AND c.status = $5"
 		  " AND ($6 IS NULL OR c.kind = $6)"
-		  " AND t.status IN ('running', 'waiting')"
 		  " ORDER BY c.sequence DESC LIMIT 1 FOR KEY SHARE OF s",
 		  CHAT_VISIBLE_TYPES, TEXTOID, TEXTOID, TEXTOID);
 

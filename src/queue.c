@@ -205,7 +205,7 @@ CHAT_STMT(queue_rest,
 		  "  WHERE j.server = p.server AND j.owner = p.owner AND"
 		  CLAIMABLE("$1") " LIMIT 1) AS one)"
 		  " SELECT EXISTS (SELECT FROM due WHERE NOT closed),"
-		  " EXISTS (SELECT FROM due WHERE closed),"
+		  " cardinality($2) > 0 AND EXISTS (SELECT FROM due WHERE closed),"
 		  " EXISTS (SELECT FROM chat.chat_job AS j"
 		  "  WHERE" CANCELLED("$1") "),"
 		  " (SELECT j.run_at FROM chat.chat_job AS j"

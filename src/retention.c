@@ -90,7 +90,9 @@ CHAT_STMT(move_tasks,
  */
 CHAT_STMT(lock_holders,
 		  "SELECT j.holder FROM chat.chat_job AS j"
-		  " WHERE j.task_id = ANY ($1) AND j.kind = 'completion'"
+		  " WHERE j.session_id = ANY (ARRAY(SELECT t.session_id"
+		  "   FROM chat.chat_task AS t WHERE t.id = ANY ($1)))"
+		  "  AND j.task_id = ANY ($1) AND j.kind = 'completion'"
 		  " FOR UPDATE NOWAIT",
 		  UUIDARRAYOID);
 

@@ -64,7 +64,7 @@ CHAT_STMT(queue_titles,
 		  "  " CHAT_SIDE_IDLE ", '{}' FROM ROWS FROM (unnest($1), unnest($2),"
 		  "  unnest($3)) AS u (session, server, owner)"
 		  " WHERE NOT EXISTS (SELECT FROM chat.chat_job AS o"
-		  "  WHERE o.session_id = u.session AND o.kind = 'title')",
+		  "  WHERE o.session_id = u.session AND o.kind = 'title' OFFSET 0)",
 		  UUIDARRAYOID, TEXTARRAYOID, OIDARRAYOID, OIDOID);
 
 /* $1 session, $2 server, $3 owner, $4 database */

@@ -100,7 +100,7 @@ CHAT_STMT(claim_call,
 		  "  AND ($4 IS NULL OR j.session_id = $4)"
 		  "  AND NOT EXISTS (SELECT FROM chat.chat_control AS k"
 		  "   WHERE k.paused)"
-		  " ORDER BY j.id LIMIT 1 FOR UPDATE OF j SKIP LOCKED"
+		  " ORDER BY j.run_at, j.id LIMIT 1 FOR UPDATE OF j SKIP LOCKED"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
 		  "  attempts = j.attempts + 1"
