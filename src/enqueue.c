@@ -1,7 +1,7 @@
 /*
  * enqueue.c
- *		Putting a turn into the tables: what a call of stream_chat_completion,
- *		retry_last_turn and the like has in common.
+ *		Putting a turn into the tables: what stream_chat_completion, regenerate,
+ *		edit_message and rerun_job have in common.
  *
  * Owns nothing.  A call holds its session's row lock and nothing else (P5): no
  * notification, no lock of the queue.  Everybody who talks to a session comes
