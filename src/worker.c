@@ -376,11 +376,12 @@ chat_worker_main(Datum slot)
 			chat_recheck_run();
 		if (pg_atomic_exchange_u32(&chat_slot->progress_due, 0))
 			chat_errand_tell_progress();
-		receive();
 		now = chat_stream_clock();
 		if (pg_atomic_exchange_u32(&chat_slot->strays, 0) ||
 			chat_due.strays <= now)
 			chat_upkeep_end_strays(now);
+		receive();
+		now = chat_stream_clock();
 		if (chat_due.adopt <= now)
 			chat_claim_adopt();
 		if (chat_due.check <= now)

@@ -6,7 +6,7 @@
  * "pid" in the directory named by CHAT_TEST_LOOK holds the number of a
  * process, that one, when it asks for sockets that are ready without waiting
  * for any, renames the file to "held" and goes on when that is gone, too.
- * Signals come through meanwhile.
+ * The worker blocks signals there: nobody must wait for it to serve one.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
