@@ -99,14 +99,27 @@ sub wait_gone
 	return;
 }
 
+# Stops a postmaster; returns its pid and its children's.  A fork that is under
+# way goes on after the signal was sent: only when it has stopped are there all.
+sub stop_postmaster
+{
+	my ($node) = @_;
+	my $pid = $node->{_pid};
+
+	kill 'STOP', $pid;
+	wait_until('the postmaster to stop',
+		sub { read_proc("/proc/$pid/stat") =~ /^\d+ \(.*\) T /s });
+	return ($pid, keys %{ { processes($node) } });
+}
+
 # Kills the postmaster; its children see it and end.
 sub kill_server
 {
 	my ($node) = @_;
-	my ($postmaster, %children) = ($node->{_pid}, processes($node));
+	my @pids = stop_postmaster($node);
 
 	$node->kill9;
-	wait_gone($postmaster, keys %children);
+	wait_gone(@pids);
 	return;
 }
 
@@ -115,10 +128,8 @@ sub kill_server
 sub kill_everything
 {
 	my ($node) = @_;
-	my $postmaster = $node->{_pid};
+	my ($postmaster, @children) = stop_postmaster($node);
 
-	kill 'STOP', $postmaster;
-	my @children = keys %{ { processes($node) } };
 	kill 'STOP', @children;
 	kill 'KILL', @children, $postmaster;
 	wait_gone($postmaster, @children);
