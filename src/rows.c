@@ -36,7 +36,7 @@
 #include "compat.h"
 #include "rows.h"
 
-/* chat_task, chat_job, chat_session and the slots of chat_event */
+/* chat_task, chat_job, chat_message and the slots of chat_event */
 #define MAX_TABLES 16
 
 /* What is known of a table.  Nobody opens one that he has open. */
@@ -91,7 +91,7 @@ find_known(const char *name)
 		if (strcmp(tables[i].name, name) == 0)
 			return &tables[i];
 	}
-	elog(ERROR, "too many tables are appended to");
+	elog(ERROR, "too many tables are appended to: \"%s\"", name);
 }
 
 /* Forgets what is known of a table. */
