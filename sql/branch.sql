@@ -233,7 +233,8 @@ SELECT chat.to_ui_messages(:none) IS NULL AS none, chat.to_ui_messages(NULL) IS 
 SET ROLE regress_chat_mallory;
 SELECT chat.to_ui_messages(:s3) IS NULL AS hidden;
 
--- calls that are under way, that wait for an approval, that were denied
+-- calls that are under way, that wait for an approval, that were denied (in one
+-- transaction, so that a worker does not see a task without a job)
 SET ROLE regress_chat_ann;
 SELECT id AS s4 FROM chat.create_chat_session() \gset
 SELECT count(*) FROM chat.add_chat_messages_batch(:'s4', '[
@@ -251,6 +252,7 @@ SELECT count(*) FROM chat.add_chat_messages_batch(:'s4', '[
 	{"role": "tool", "tool_call_id": "c4", "content": "{\"type\": \"error\", \"code\": \"denied\"}"},
 	{"role": "tool", "tool_call_id": "c5", "name": "long", "content": "{\"type\": \"operation_pending\"}", "metadata": {"pending": true}}]');
 RESET ROLE;
+BEGIN;
 INSERT INTO chat.chat_task (id, session_id, status, server)
 VALUES ('00000000-0000-4000-8000-0000000000f2', :'s4', 'waiting', 'nobody');
 INSERT INTO chat.chat_tool_call (operation_id, session_id, task_id, message_id, position, sequence, step, call_id, name, kind, arguments, status)
@@ -262,6 +264,7 @@ SELECT id AS f FROM chat.fork_chat_session(:'s4') \gset
 SELECT sequence, content, metadata FROM chat.get_chat_messages(:'f') WHERE role = 'tool';
 SELECT id AS f FROM chat.import_chat_session(chat.export_chat_session(:'s4'), gen_random_uuid()) \gset
 SELECT sequence, content, metadata FROM chat.get_chat_messages(:'f') WHERE role = 'tool';
+ROLLBACK;
 
 --
 -- Search
