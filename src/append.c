@@ -16,24 +16,6 @@
 #include "append.h"
 #include "rows.h"
 
-/*
- * Makes new ids: random ones, of version 4 (RFC 9562).  To ask for the bytes
- * of many costs what it does for one.
- */
-void
-chat_append_ids(pg_uuid_t *ids, int n)
-{
-	if (!pg_strong_random(ids, sizeof(pg_uuid_t) * n))
-		ereport(ERROR,
-				(errcode(ERRCODE_INTERNAL_ERROR),
-				 errmsg("could not generate random values")));
-	for (int i = 0; i < n; i++)
-	{
-		ids[i].data[6] = (ids[i].data[6] & 0x0f) | 0x40;
-		ids[i].data[8] = (ids[i].data[8] & 0x3f) | 0x80;
-	}
-}
-
 /* Returns a row with what a message holds. */
 static TupleTableSlot *
 make_row(ChatRows *rows, const ChatNewMessage *m)

@@ -28,7 +28,4 @@ typedef struct ChatNewMessage
 /* Appends messages; what they point to has to last until then. */
 extern void chat_append_messages(const ChatNewMessage *messages, int n);
 
-/* Makes new ids. */
-extern void chat_append_ids(pg_uuid_t *ids, int n);
-
 #endif							/* CHAT_APPEND_H */

@@ -107,7 +107,7 @@ CHAT_STMT(copy_message,
 		  " WHERE o.session_id = $1 AND o.sequence = $2",
 		  UUIDOID, INT8OID, INT8OID, TEXTOID, UUIDOID);
 
-/* CHAT_VISIBLE, $4 the newest message of the copy, NULL = all that is seen */
+/* CHAT_VISIBLE, $4 newest message, NULL = all that is seen, $5 the copy's id */
 CHAT_STMT(fork_session,
 		  "WITH source AS MATERIALIZED ("
 		  " SELECT s.* FROM chat.chat_session AS s WHERE" CHAT_VISIBLE
@@ -126,11 +126,11 @@ CHAT_STMT(fork_session,
 		  "  AND NOT EXISTS (SELECT FROM copied AS m WHERE NOT m.active"
 		  "   AND m.sequence <= c.summary_sequence)"
 		  "), session AS ("
-		  " INSERT INTO chat.chat_session AS f (user_id, owner, title,"
+		  " INSERT INTO chat.chat_session AS f (id, user_id, owner, title,"
 		  "  credentials, successful_agent_runs, successful_agent_schedules,"
 		  "  metadata, server, settings, next_sequence, summary,"
 		  "  summary_sequence)"
-		  " SELECT c.user_id, c.owner, c.title, c.credentials,"
+		  " SELECT $5, c.user_id, c.owner, c.title, c.credentials,"
 		  "  c.successful_agent_runs, c.successful_agent_schedules,"
 		  "  c.metadata, c.server, c.settings,"
 		  "  (SELECT count(*) + 1 FROM copied), y.summary,"
@@ -148,7 +148,7 @@ CHAT_STMT(fork_session,
 		  "  c.function_call, c.task_id, c.metadata - 'pending',"
 		  "  c.created_at FROM copied AS c, session)"
 		  " SELECT session.copy FROM session",
-		  CHAT_VISIBLE_TYPES, INT8OID);
+		  CHAT_VISIBLE_TYPES, INT8OID, UUIDOID);
 
 /* Takes the arguments that a call of stream_chat_completion shares with us. */
 static void
@@ -297,18 +297,21 @@ Datum
 chat_fork_session(PG_FUNCTION_ARGS)
 {
 	ChatScope	scope;
-	Datum		values[4];
+	Datum		values[5];
+	pg_uuid_t	copy;
 	Datum		row;
 	bool		isnull;
 
 	if (PG_ARGISNULL(0))
 		chat_session_missing(NULL);
 	chat_db_enter(&scope);
+	chat_db_new_ids(&copy, 1);
 	values[0] = PG_GETARG_DATUM(0);
 	chat_db_caller(&scope, values);
 	values[3] = PG_GETARG_DATUM(1);
+	values[4] = UUIDPGetDatum(&copy);
 	if (chat_db_exec(&fork_session, values,
-					 PG_ARGISNULL(1) ? "   n" : NULL) == 0)
+					 PG_ARGISNULL(1) ? "   n " : NULL) == 0)
 		chat_session_missing(PG_GETARG_UUID_P(0));
 	row = SPI_datumTransfer(chat_db_datum(0, 1, &isnull), false, -1);
 	chat_db_leave(&scope);

@@ -159,6 +159,7 @@ extern bool chat_db_standby_missing(void);
 extern Oid	chat_db_extension_owner(void);
 extern bool chat_db_same_version(void);
 extern Jsonb *chat_db_parse_json(const char *text);
+extern void chat_db_new_ids(pg_uuid_t *ids, int n);
 extern Datum chat_db_array(const ChatArrayKind *kind, Datum *values, int n);
 
 /*

@@ -323,7 +323,7 @@ plan_turn(NewTurn *t)
 	const ChatCall *c = t->call;
 	pg_uuid_t	ids[2];
 
-	chat_append_ids(ids, lengthof(ids));
+	chat_db_new_ids(ids, lengthof(ids));
 	t->task = ids[0];
 	t->answer = ids[1];
 	t->place = next_of("chat_task_place_seq");

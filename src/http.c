@@ -3,7 +3,8 @@
  *		HTTP transfers over one libcurl multi handle per process.
  *
  * Owns: the multi handle, the epoll descriptors that libcurl's sockets are
- * members of, libcurl's timer, and the list of transfers that have news.
+ * members of, libcurl's timer, the list of transfers that have news, and some
+ * easy handles for the next ones.
  * All of it is local to the process and made in the process that uses it,
  * never in the postmaster.
  *
@@ -38,6 +39,7 @@
 #define KEEP_CONNECTIONS 128L
 #define MANY_TRANSFERS 256
 #define MIN_BUFFER 1024
+#define SPARE_HANDLES 64
 
 static CURLM *multi = NULL;
 static int	epoll_fd = -1;
@@ -59,6 +61,9 @@ static Socket *sockets = NULL;
 static int	max_sockets = 0;
 
 static dlist_head ready_list = DLIST_STATIC_INIT(ready_list);
+
+static CURL *spare[SPARE_HANDLES];	/* as new, with buffers of full size */
+static int	nspare = 0;
 
 /* Returns a clock in milliseconds that is never set back. */
 static int64
@@ -523,7 +528,8 @@ set_common_options(ChatTransfer *t, const ChatHttpRequest *req)
 					 (long) req->connect_timeout);
 	curl_easy_setopt(easy, CURLOPT_UPLOAD_BUFFERSIZE, 16384L);
 	/* many have little to say at a time */
-	if (running >= MANY_TRANSFERS)
+	t->small = running >= MANY_TRANSFERS;
+	if (t->small)
 		curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, 4096L);
 	/* what was sent on a connection that was used before is sent again */
 	if (req->once)
@@ -571,12 +577,36 @@ set_request(ChatTransfer *t, const ChatHttpRequest *req)
 	return true;
 }
 
+/* Returns an easy handle that is as new, NULL when there is no memory. */
+static CURL *
+take_handle(void)
+{
+	return nspare > 0 ? spare[--nspare] : curl_easy_init();
+}
+
+/*
+ * Gives back an easy handle.  Some are kept, as to make one costs more than to
+ * clear it; not those with a small buffer, which libcurl would take for one of
+ * the size that it is to have next.
+ */
+static void
+drop_handle(ChatTransfer *t)
+{
+	if (t->small || nspare == SPARE_HANDLES)
+		curl_easy_cleanup(t->easy);
+	else
+	{
+		curl_easy_reset(t->easy);
+		spare[nspare++] = t->easy;
+	}
+}
+
 /* Frees a transfer that is in no list and not part of the multi handle. */
 static void
 free_transfer(ChatTransfer *t)
 {
 	if (t->easy)
-		curl_easy_cleanup(t->easy);
+		drop_handle(t);
 	/* headers and body may hold a key or what a user wrote */
 	for (struct curl_slist *h = t->headers; h != NULL; h = h->next)
 		explicit_bzero(h->data, strlen(h->data));
@@ -612,7 +642,7 @@ chat_http_open(const ChatHttpRequest *req, void *owner)
 	t->retry_after = -1;
 	t->allow_loopback = req->allow_loopback;
 	t->allow_private = req->allow_private;
-	t->easy = curl_easy_init();
+	t->easy = take_handle();
 	ok = t->easy != NULL;
 	if (ok)
 	{

@@ -76,6 +76,7 @@ typedef struct ChatTransfer
 	bool		too_large;
 	bool		paused;
 	bool		done;			/* nothing more comes */
+	bool		small;			/* its buffer in libcurl is */
 	ChatHttpEnd end;			/* valid when done */
 	bool		ready;			/* in the list of chat_http_next() */
 	dlist_node	node;

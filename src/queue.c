@@ -578,7 +578,7 @@ add_questions(const ChatJob *jobs, int n)
 	pg_uuid_t  *ids = palloc(sizeof(pg_uuid_t) * n);
 	int			nmessages = 0;
 
-	chat_append_ids(ids, n);
+	chat_db_new_ids(ids, n);
 	for (int i = 0; i < n; i++)
 	{
 		ChatNewMessage *m = &messages[nmessages];

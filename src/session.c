@@ -98,8 +98,7 @@ CHAT_STMT(insert_session,
 		  " credentials, successful_agent_runs, successful_agent_schedules,"
 		  " total_prompt_tokens, total_completion_tokens, settings, metadata,"
 		  " server, channel, next_sequence, owner, created_at)"
-		  " VALUES (COALESCE($1, pg_catalog.gen_random_uuid()),"
-		  " $2, NULLIF($3, ''), COALESCE($4, '{}'),"
+		  " VALUES ($1, $2, NULLIF($3, ''), COALESCE($4, '{}'),"
 		  " COALESCE($5, '{}'), COALESCE($6, '{}'), COALESCE($7, 0),"
 		  " COALESCE($8, 0), COALESCE($9, '{}'), COALESCE($10, '{}'), $11,"
 		  " COALESCE(NULLIF($12, ''), 'chat_' || pg_catalog.replace("
@@ -528,6 +527,13 @@ insert_document(const ChatScope *scope, Document *doc)
 		set_column(doc, DOC_OWNER, ObjectIdGetDatum(scope->caller));
 	if (doc->nulls[DOC_APPENDED])
 		set_column(doc, DOC_APPENDED, Int64GetDatum(0));
+	if (doc->nulls[DOC_ID])
+	{
+		pg_uuid_t  *id = palloc(sizeof(pg_uuid_t));
+
+		chat_db_new_ids(id, 1);
+		set_column(doc, DOC_ID, UUIDPGetDatum(id));
+	}
 	return exec_document(&insert_session, doc) > 0;
 }
 
