@@ -35,23 +35,37 @@ typedef enum Class
 	BLANK, NEWLINE, LETTER, CAPITAL, DIGIT, MARK, OTHER
 } Class;
 
-/* Returns the class of an ASCII character. */
-static Class
+#define B BLANK
+#define N NEWLINE
+#define L LETTER
+#define C CAPITAL
+#define D DIGIT
+#define M MARK
+
+/* the classes of ASCII; a text is looked up here byte by byte, so it pays */
+static const unsigned char classes[128] = {
+	M, M, M, M, M, M, M, M, M, B, N, M, M, N, M, M,
+	M, M, M, M, M, M, M, M, M, M, M, M, M, M, M, M,
+	B, M, M, M, M, M, M, M, M, M, M, M, M, M, M, M,
+	D, D, D, D, D, D, D, D, D, D, M, M, M, M, M, M,
+	M, C, C, C, C, C, C, C, C, C, C, C, C, C, C, C,
+	C, C, C, C, C, C, C, C, C, C, C, M, M, M, M, M,
+	M, L, L, L, L, L, L, L, L, L, L, L, L, L, L, L,
+	L, L, L, L, L, L, L, L, L, L, L, M, M, M, M, M,
+};
+
+#undef B
+#undef N
+#undef L
+#undef C
+#undef D
+#undef M
+
+/* Returns the class of a byte. */
+static inline Class
 class_of(unsigned char c)
 {
-	if (c >= 0x80)
-		return OTHER;
-	if (c >= 'a' && c <= 'z')
-		return LETTER;
-	if (c >= 'A' && c <= 'Z')
-		return CAPITAL;
-	if (c >= '0' && c <= '9')
-		return DIGIT;
-	if (c == ' ' || c == '\t')
-		return BLANK;
-	if (c == '\n' || c == '\r')
-		return NEWLINE;
-	return MARK;
+	return c < 0x80 ? (Class) classes[c] : OTHER;
 }
 
 /* Returns the length of a run of one class from p on. */

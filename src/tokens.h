@@ -10,7 +10,7 @@
 
 /*
  * Estimates the tokens of a text in UTF-8 by its scripts, words, numbers and
- * punctuation; one pass, no table.
+ * punctuation; one pass, no vocabulary.
  */
 extern int64_t chat_tokens_estimate(const char *text, size_t len);
 
