@@ -41,9 +41,11 @@ CREATE DOMAIN chat.superseded_how AS text
 	CONSTRAINT is_on_busy CHECK (VALUE IN ('interrupt', 'rollback'));
 CREATE DOMAIN chat.job_kind AS text CONSTRAINT is_kind CHECK (VALUE IN
 	('completion', 'tool', 'title', 'summary', 'notice'));
+CREATE DOMAIN chat.job_tool_kind AS text
+	CONSTRAINT is_tool_kind CHECK (VALUE IN ('sql', 'http'));
 REVOKE ALL ON TYPE chat.json_object, chat.json_array, chat.total,
-	chat.step_count, chat.next_sequence, chat.superseded_how, chat.job_kind
-	FROM PUBLIC;
+	chat.step_count, chat.next_sequence, chat.superseded_how, chat.job_kind,
+	chat.job_tool_kind FROM PUBLIC;
 
 CREATE FUNCTION chat.is_message_role(role text) RETURNS boolean
 LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
@@ -198,8 +200,9 @@ CREATE TABLE chat.chat_job (
 	last_seq bigint NOT NULL DEFAULT 0,
 	-- the task waits for its tool calls: whoever ends one of them makes it due
 	parked boolean NOT NULL DEFAULT false,
-	-- the call that a tool job runs
+	-- the call that a tool job runs, and who does: tool workers the SQL ones
 	operation_id uuid,
+	tool_kind chat.job_tool_kind,
 	-- what the task has waited for in this step; see queue.h
 	waited integer NOT NULL DEFAULT 0,
 	-- tokens of its next request: the endpoint has refused a larger one
@@ -217,8 +220,10 @@ CREATE INDEX chat_job_claim_idx ON chat.chat_job (priority, run_at, id)
 	WHERE holder IS NULL AND kind = 'completion' AND NOT parked;
 CREATE INDEX chat_job_side_idx ON chat.chat_job (server, priority, id)
 	WHERE holder IS NULL AND kind IN ('title', 'summary', 'notice');
-CREATE INDEX chat_job_tool_idx ON chat.chat_job (owner, run_at, id)
-	WHERE holder IS NULL AND kind = 'tool';
+CREATE INDEX chat_job_sql_idx ON chat.chat_job (owner, run_at, id)
+	WHERE holder IS NULL AND tool_kind = 'sql';
+CREATE INDEX chat_job_http_idx ON chat.chat_job (run_at, id)
+	WHERE holder IS NULL AND tool_kind = 'http';
 -- when there are more jobs than room: turn by turn, within servers' limits
 CREATE INDEX chat_job_fair_idx
 	ON chat.chat_job (server, owner, priority, run_at, id)

@@ -47,6 +47,9 @@ typedef struct ChatStmt
  */
 #define CHAT_HELD_BY(holder) "holder IS NOT DISTINCT FROM " holder
 
+/* The same for a job that is found by its session, not among all parked ones. */
+#define CHAT_IS_PARKED "parked IS NOT DISTINCT FROM true"
+
 /*
  * Ends a subquery of arrays whose rows are found in tables by key.  Of a limit
  * that it does not know the planner thinks that one row is left, and for one

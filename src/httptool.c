@@ -83,10 +83,9 @@ static int	npending = 0;		/* of calls: ended, not stored */
 CHAT_STMT(claim_http,
 		  "WITH picked AS MATERIALIZED ("
 		  " SELECT j.id FROM chat.chat_job AS j"
-		  " JOIN chat.chat_tool_call AS c ON c.operation_id = j.operation_id"
-		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.database = $3"
-		  "  AND j.run_at <= now() AND c.kind = 'http'"
-		  " ORDER BY j.id LIMIT $2 FOR UPDATE OF j SKIP LOCKED"
+		  " WHERE j.tool_kind = 'http' AND j.holder IS NULL"
+		  "  AND j.database = $3 AND j.run_at <= now()"
+		  " ORDER BY j.run_at, j.id LIMIT $2 FOR UPDATE SKIP LOCKED"
 		  "), job AS ("
 		  " UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1,"
 		  "  attempts = j.attempts + 1"

@@ -71,14 +71,26 @@ chat_tool_is_accepted(const char *result)
 		memcmp(v.val.string.val, "accepted", 8) == 0;
 }
 
-/* $1 database: SQL calls that wait, by role */
+/* $1 database, $2 most: SQL calls that wait, by role; one look for each role */
 CHAT_STMT(waiting_roles,
-		  "SELECT j.owner, count(*)::int FROM chat.chat_job AS j"
-		  " JOIN chat.chat_tool_call AS c ON c.operation_id = j.operation_id"
-		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
-		  "  AND j.run_at <= now() AND c.kind = 'sql'"
-		  " GROUP BY j.owner ORDER BY min(j.id)",
-		  OIDOID);
+		  "WITH RECURSIVE role (owner) AS ("
+		  " (SELECT j.owner FROM chat.chat_job AS j"
+		  "  WHERE j.tool_kind = 'sql' AND j.holder IS NULL"
+		  "  ORDER BY j.owner LIMIT 1)"
+		  " UNION ALL"
+		  " SELECT (SELECT j.owner FROM chat.chat_job AS j"
+		  "  WHERE j.tool_kind = 'sql' AND j.holder IS NULL"
+		  "   AND j.owner > role.owner ORDER BY j.owner LIMIT 1)"
+		  " FROM role WHERE role.owner IS NOT NULL)"
+		  " SELECT role.owner, call.n FROM role CROSS JOIN LATERAL ("
+		  "  SELECT count(*)::int, min(w.id) FROM ("
+		  "   SELECT j.id FROM chat.chat_job AS j"
+		  "   WHERE j.tool_kind = 'sql' AND j.holder IS NULL"
+		  "    AND j.owner = role.owner AND j.database = $1"
+		  "    AND j.run_at <= now()"
+		  "   ORDER BY j.run_at, j.id LIMIT $2) AS w) AS call (n, first)"
+		  " WHERE call.n > 0 ORDER BY call.first",
+		  OIDOID, INT4OID);
 
 /*
  * $1 database, $2 role: makes the tasks due whose calls nobody can run; first,
@@ -86,21 +98,20 @@ CHAT_STMT(waiting_roles,
  */
 CHAT_STMT(ring_waiting,
 		  "UPDATE chat.chat_job AS p SET run_at = '-infinity'"
-		  " FROM chat.chat_job AS j JOIN chat.chat_tool_call AS c"
-		  "  ON c.operation_id = j.operation_id AND c.kind = 'sql'"
-		  " WHERE j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
-		  "  AND j.owner = $2 AND p.session_id = j.session_id"
-		  "  AND p.task_id = j.task_id AND p.kind = 'completion'"
+		  " FROM chat.chat_job AS j"
+		  " WHERE j.tool_kind = 'sql' AND j.holder IS NULL"
+		  "  AND j.database = $1 AND j.owner = $2"
+		  "  AND p.session_id = j.session_id AND p.task_id = j.task_id"
+		  "  AND p.kind = 'completion'"
 		  "  AND p.parked",
 		  OIDOID, OIDOID);
 
 /* $1 database, $2 role, $3 why: fails the calls that nobody can run */
 CHAT_STMT(fail_calls,
 		  "WITH gone AS ("
-		  " DELETE FROM chat.chat_job AS j USING chat.chat_tool_call AS c"
-		  " WHERE c.operation_id = j.operation_id AND c.kind = 'sql'"
-		  "  AND j.kind = 'tool' AND j.holder IS NULL AND j.database = $1"
-		  "  AND j.owner = $2"
+		  " DELETE FROM chat.chat_job AS j"
+		  " WHERE j.tool_kind = 'sql' AND j.holder IS NULL"
+		  "  AND j.database = $1 AND j.owner = $2"
 		  " RETURNING j.operation_id)"
 		  " UPDATE chat.chat_tool_call AS c SET status = 'failed',"
 		  "  ended_at = now(), result = json_build_object('type', 'error',"
@@ -163,7 +174,9 @@ why_not(const WaitingRole *r)
 bool
 chat_tool_judge(void)
 {
-	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId)};
+	/* more of a role than there may be workers tell nothing */
+	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId),
+	Int32GetDatum(tool_workers)};
 	uint64		n = chat_db_exec(&waiting_roles, values, NULL);
 	Oid		   *waiting = palloc(sizeof(Oid) * (n + 1));
 	bool		failed = false;

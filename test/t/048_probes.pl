@@ -28,6 +28,7 @@ auto_explain.log_analyze = on
 auto_explain.log_timing = off
 auto_explain.log_nested_statements = on
 chat.enable_superuser_tools = on
+chat.tool_workers = 1
 chat.first_token_timeout = 600s
 chat.idle_timeout = 600s
 EOC
@@ -35,6 +36,16 @@ create_server($node, $fake);
 $node->safe_psql('postgres', <<'EOS');
 CREATE FUNCTION answer() RETURNS text LANGUAGE sql AS $$ SELECT '42' $$;
 SELECT chat.register_tool('public.answer()');
+CREATE FUNCTION hold() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN PERFORM pg_advisory_xact_lock(1); RETURN 'held'; END $$;
+SELECT chat.register_tool('public.hold()');
+EOS
+my $port = $fake->port;
+$node->safe_psql('postgres', <<"EOS");
+CREATE SERVER services FOREIGN DATA WRAPPER chat_tool
+	OPTIONS (url 'http://127.0.0.1:$port/tools');
+SELECT chat.register_tool(kind => 'http', name => 'remote', server => 'services', path => '/remote');
+SELECT chat.register_tool(kind => 'client', name => 'asks');
 EOS
 
 # Returns the statements of a stretch of the log that looked at many rows of
@@ -99,4 +110,32 @@ is(wait_for_task($node, ask($node, $old, 'on [[tokens=1]]'))->{status},
 $log = substr(slurp_file($node->logfile), $offset);
 like($log, qr/Query Text: SELECT count\(DISTINCT n\.session_id\)/, 'and looks for tasks without a job');
 is_deeply([ wide($log) ], [], 'it does not read the tasks that have ended');
+
+# calls of SQL tools that wait for a tool worker
+my $gate = session($node);
+$gate->query_safe('SELECT pg_advisory_lock(1)');
+my @held = map { $_->{task} } start_turns($node, MANY, 'wait [[tool=hold]]');
+wait_for($node, 'SELECT count(*) = ' . (MANY - 1) . " FROM chat.chat_job WHERE kind = 'tool' AND holder IS NULL");
+$offset = -s $node->logfile;
+my $remote = ask($node, $old, 'call [[tool=remote]]');
+is(wait_for_task($node, $remote)->{status}, 'completed', 'a call of an HTTP tool is not behind them');
+my $operation = $node->safe_psql('postgres',
+	"SELECT operation_id FROM chat.chat_tool_call WHERE status = 'pending' LIMIT 1");
+is($node->safe_psql('postgres', "SELECT chat.operation_progress('$operation', '1')"),
+	't', 'progress of a call that waits is told');
+my ($waits, $dropped) = map { ask($node, create_session($node)->{id}, 'call [[tool=asks id=c1]]') } 1 .. 2;
+wait_for($node, "SELECT status = 'waiting' FROM chat.chat_task WHERE id = '$_'")
+  foreach $waits, $dropped;
+$node->safe_psql('postgres', "SELECT chat.cancel_task('$dropped')");
+is(wait_for_task($node, $dropped)->{status}, 'cancelled', 'one that waits is cancelled');
+is($node->safe_psql('postgres', <<"EOS"), 't', 'the output of a tool of the client comes');
+SELECT chat.submit_tool_output(session_id, 'c1', '"blue"') FROM chat.chat_task WHERE id = '$waits'
+EOS
+is(wait_for_task($node, $waits)->{status}, 'completed', 'and the task goes on');
+$log = substr(slurp_file($node->logfile), $offset);
+like($log, qr/Query Text: WITH picked AS MATERIALIZED/, 'it was claimed');
+is_deeply([ wide($log) ], [], 'whoever looks for a call does not read all that wait');
+$gate->query_safe('SELECT pg_advisory_unlock(1)');
+$gate->quit;
+is(wait_for_task($node, $_)->{status}, 'completed', 'a call that waited') foreach @held;
 done_testing();
