@@ -12,8 +12,8 @@
 # latter runs when named) are the same begun one after the other.
 # BENCH_SCALE makes the measured times longer or shorter.  BENCH_CONF holds
 # further settings of the server.  The endpoint, the clients and the server
-# share the machine; the server is restarted before each load and commits as
-# durably as it does by default.
+# share the machine; before each load the server is restarted and cleans up what
+# the one before has left.  It commits as durably as it does by default.
 
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -61,7 +61,7 @@ restart()
 		>"$WORK/pg_ctl.log" 2>&1 ||
 		{ tail -n 20 "$dir.log" >&2; die "the server did not restart"; }
 	POSTMASTER=$(head -n 1 "$dir/postmaster.pid")
-	as_user psql -Xqc CHECKPOINT
+	as_user psql -Xqc VACUUM -c CHECKPOINT
 	until [ "$(as_user psql -XAtc \
 		'SELECT count(pid) > 0 FROM chat.worker_status()')" = t ]; do
 		sleep 0.1
