@@ -26,6 +26,7 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
+#include "storage/fd.h"
 #include "storage/latch.h"
 #include "storage/lwlock.h"
 #include "utils/acl.h"
@@ -55,9 +56,6 @@
 
 /* One token and some metadata: a larger answer is not what was asked for. */
 #define TEST_MAX_BODY (1024 * 1024)
-
-/* Descriptors that a worker needs beside one for each stream. */
-#define OTHER_DESCRIPTORS 100
 
 /* What a test request told. */
 typedef struct Probe
@@ -602,7 +600,8 @@ check_descriptors(Report *report)
 {
 	struct rlimit limit;
 	int			streams = setting_int("chat.max_streams", 0);
-	rlim_t		need = (rlim_t) streams + OTHER_DESCRIPTORS;
+	rlim_t		need = (rlim_t) streams + max_files_per_process +
+	CHAT_RESERVED_FILES;
 	bool		ok;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit) != 0)

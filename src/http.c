@@ -36,7 +36,8 @@
 #include "http.h"
 
 #define READY_BATCH 1024
-#define KEEP_CONNECTIONS 128L
+/* connections that are kept though nobody uses them */
+#define KEEP_CONNECTIONS 128
 #define MANY_TRANSFERS 256
 #define MIN_BUFFER 1024
 #define SPARE_HANDLES 64
@@ -47,6 +48,8 @@ static int	answer_fd = -1;		/* sockets whose answer is under way */
 static bool held = false;		/* those are not looked at */
 static int64 timer_due = -1;	/* ms of now_ms(), -1 = none */
 static int	running = 0;
+static long connections = 0;	/* that libcurl may keep, used or not, ... */
+static int	most_connections = 0;	/* ... never more than this */
 static int	begun = 0;			/* answers since chat_http_poll() came */
 
 /* What is known of a socket, by its number. */
@@ -471,6 +474,23 @@ block_signals(sigset_t *old)
 }
 
 /*
+ * Has libcurl keep a number of connections beside those that are in use.  Its
+ * own limit counts both: with a fixed one, nothing would be used again once
+ * so many transfers run.
+ */
+static void
+keep_connections(void)
+{
+	long		n = Min(running + KEEP_CONNECTIONS,
+						Max(most_connections, KEEP_CONNECTIONS));
+
+	if (n == connections)
+		return;
+	connections = n;
+	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, n);
+}
+
+/*
  * Makes the multi handle of this process if there is none; returns the
  * descriptor that becomes readable when chat_http_poll() has work.
  */
@@ -503,8 +523,16 @@ chat_http_start(void)
 				 errmsg("could not create a libcurl multi handle")));
 	curl_multi_setopt(multi, CURLMOPT_SOCKETFUNCTION, on_socket);
 	curl_multi_setopt(multi, CURLMOPT_TIMERFUNCTION, on_timer);
-	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, KEEP_CONNECTIONS);
+	connections = 0;
+	keep_connections();
 	return epoll_fd;
+}
+
+/* Sets how many descriptors there are for connections. */
+void
+chat_http_set_limit(int limit)
+{
+	most_connections = limit;
 }
 
 /* Sets what every transfer has in common. */
@@ -718,6 +746,7 @@ poll_sockets(int set, int most, bool *answers)
 		if (events[i].events & EPOLLOUT)
 			what |= CURL_CSELECT_OUT;
 		curl_multi_socket_action(multi, events[i].data.fd, what, &running);
+		keep_connections();
 	}
 	return n;
 }

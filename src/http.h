@@ -44,6 +44,9 @@ typedef enum ChatHttpEnd
 	CHAT_HTTP_FATAL				/* certificate, URL, protocol: final */
 } ChatHttpEnd;
 
+/* Descriptors that stay free beside those of streams and of the server. */
+#define CHAT_RESERVED_FILES 64
+
 /* What a transfer's owner is. */
 typedef enum ChatTransferKind
 {
@@ -92,6 +95,7 @@ extern void chat_http_close(ChatTransfer *transfer);
 extern void chat_http_pause(ChatTransfer *transfer, bool pause);
 extern void chat_http_hold(bool hold);
 extern bool chat_http_poll(void);
+extern void chat_http_set_limit(int limit);
 extern long chat_http_timeout(void);
 extern ChatTransfer *chat_http_next(void);
 extern ChatTransfer *chat_http_perform(const ChatHttpRequest *req,

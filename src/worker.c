@@ -63,8 +63,6 @@
 #define KEEP_FREE (64 * 1024 * 1024)
 /* ... and blocks up to here come out of it, not as mappings of their own */
 #define MAX_HEAP_BLOCK (16 * 1024 * 1024)
-/* descriptors that stay free for the server's own use */
-#define RESERVED_FILES 64
 
 static int	max_streams = 5000;
 
@@ -226,9 +224,11 @@ set_limit(void)
 				rlim = wanted;
 		}
 		if (rlim.rlim_cur != RLIM_INFINITY)
-			files = (int64) rlim.rlim_cur - max_safe_fds - RESERVED_FILES;
+			files = (int64) rlim.rlim_cur - max_safe_fds - CHAT_RESERVED_FILES;
 	}
-	chat_streams_set_limit((int) Max(Min(files, max_streams), 1));
+	files = Max(Min(files, max_streams), 1);
+	chat_streams_set_limit((int) files);
+	chat_http_set_limit((int) files);
 }
 
 /*

@@ -72,6 +72,18 @@ is_deeply(rows_of($ids, 'SELECT DISTINCT count(*) FILTER (WHERE e.payload->>\'ty
 is(row($node, "SELECT count(*) AS n FROM chat.chat_event WHERE task_id = '$held[1]{task}'")->{n},
 	0, 'nothing is left of a session that was deleted');
 
+# however many connections are in use, one that is free is used again
+my @open = start_turns($node, 200, 'held [[tokens=2 gateat=1:many]]');
+$fake->wait_at_gate('many', 200);
+my $other = create_session($node)->{id};
+wait_for_task($node, ask($node, $other, 'the first [[tokens=1]]'));
+my $before = $fake->get_json('/stats')->{connections};
+wait_for_task($node, ask($node, $other, "next $_ [[tokens=1]]")) foreach 1 .. 5;
+is($fake->get_json('/stats')->{connections} - $before, 1,
+	'turns beside two hundred open streams need no new connection, only we do');
+$fake->open_gate('many', 200);
+wait_for_task($node, $_->{task}) foreach @open;
+
 # however seldom is stored, a stream whose answer is held back is not silent
 $node->safe_psql('postgres', "ALTER SYSTEM SET chat.flush_interval = '3s'");
 $node->reload;

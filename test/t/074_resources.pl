@@ -105,7 +105,7 @@ cmp_ok($limit, '>', 15, "$what: and has some ($limit)");
 my $check = row($node,
 	"SELECT ok, cure FROM chat.check_installation() WHERE item = 'descriptors'");
 is($check->{ok}, JSON::PP::false, "$what: check_installation() says so");
-like($check->{cure}, qr/LimitNOFILE=5100 .*ulimit -n/, "$what: and what cures it");
+like($check->{cure}, qr/LimitNOFILE=5164 .*ulimit -n/, "$what: and what cures it");
 $by = ChatTest::Bystander->new($node, $fake);
 my @turns = start_turns($node, 300, 'many [[tokens=4 gateat=2:v]]');
 $fake->get_json('/gate/v?wait=' . ($limit - 10));
