@@ -173,7 +173,14 @@ static void
 note_event(Probe *probe, const ChatSseEvent *event)
 {
 	ChatChunk	chunk;
+	ChatEndpointError error;
 
+	if (strcmp(event->name, "error") == 0)
+	{
+		chat_openai.event_error(event->data, event->len, &error);
+		fail_probe(probe, error.kind, str_text(error.message));
+		return;
+	}
 	if (event->len == 0)
 		return;
 	if (chat_openai.parse_chunk(event->data, event->len, &chunk))

@@ -1219,10 +1219,9 @@ plain_message(ChatStr body)
 	return (ChatStr) {out, chat_utf8_clean(body.data, body.len, out)};
 }
 
-/* Says what a response with an error status means. */
+/* Reads an error of any form. */
 static void
-read_error(int http_status, const char *body, size_t len,
-		   ChatEndpointError *out)
+find_error(const char *body, size_t len, ChatChunk *out)
 {
 	Parse		ps;
 	ChatStr		text = {body, len};
@@ -1237,7 +1236,28 @@ read_error(int http_status, const char *body, size_t len,
 		memset(&ps.chunk, 0, sizeof(ps.chunk));
 		ps.chunk.error_message = plain_message(text);
 	}
-	judge_error(&ps.chunk, http_status, out);
+	*out = ps.chunk;
+}
+
+/* Says what a response with an error status means. */
+static void
+read_error(int http_status, const char *body, size_t len,
+		   ChatEndpointError *out)
+{
+	ChatChunk	chunk;
+
+	find_error(body, len, &chunk);
+	judge_error(&chunk, http_status, out);
+}
+
+/* Says what an event that is called an error means. */
+static void
+event_error(const char *data, size_t len, ChatEndpointError *out)
+{
+	ChatChunk	chunk;
+
+	find_error(data, len, &chunk);
+	chunk_error(&chunk, out);
 }
 
 /* The AI SDK's word for a finish reason. */
@@ -2079,6 +2099,7 @@ const ChatProvider chat_openai = {
 	.path = "/chat/completions",
 	.build_request = build_request,
 	.parse_chunk = parse_chunk,
+	.event_error = event_error,
 	.parse_response = parse_response,
 	.join_reasoning = join_reasoning,
 	.read_error = read_error,

@@ -181,6 +181,10 @@ typedef struct ChatProvider
 	void		(*join_reasoning) (struct StringInfoData *out,
 								   ChatStr pieces);
 
+	/* says what an event means that is called an error; any data will do */
+	void		(*event_error) (const char *data, size_t len,
+								ChatEndpointError *out);
+
 	/* says what a response with an error status means; any body will do */
 	void		(*read_error) (int http_status, const char *body, size_t len,
 							   ChatEndpointError *out);

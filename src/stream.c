@@ -577,6 +577,25 @@ take_payload(ChatStream *s, const char *data, size_t len, MemoryContext brief)
 	MemoryContextReset(brief);
 }
 
+/* Takes an event; one that is called an error is one, whatever it holds. */
+static void
+take_event(ChatStream *s, const ChatSseEvent *ev, MemoryContext brief)
+{
+	ChatEndpointError error;
+	MemoryContext old;
+
+	if (strcmp(ev->name, "error") != 0)
+	{
+		take_payload(s, ev->data, ev->len, brief);
+		return;
+	}
+	old = MemoryContextSwitchTo(brief);
+	chat_openai.event_error(ev->data, ev->len, &error);
+	MemoryContextSwitchTo(old);
+	fail_endpoint(s, &error);
+	MemoryContextReset(brief);
+}
+
 /* Feeds what was received to the event parser. */
 static void
 take_events(ChatStream *s, MemoryContext brief)
@@ -589,14 +608,14 @@ take_events(ChatStream *s, MemoryContext brief)
 
 	while (!s->ended && !s->said_done &&
 		   (r = chat_sse_next(&s->sse, &p, end, &ev)) == CHAT_SSE_EVENT)
-		take_payload(s, ev.data, ev.len, brief);
+		take_event(s, &ev, brief);
 	if (!s->ended && r != CHAT_SSE_MORE && r != CHAT_SSE_EVENT)
 		chat_stream_fail(s, CHAT_ERROR_INVALID_RESPONSE, false, t->status,
 						 "an event of the endpoint's stream is too long");
 	/* an event that the connection's end has cut off does not count */
 	if (t->done && t->end == CHAT_HTTP_OK && !s->ended && !s->said_done &&
 		chat_sse_finish(&s->sse, &ev) == CHAT_SSE_EVENT)
-		take_payload(s, ev.data, ev.len, brief);
+		take_event(s, &ev, brief);
 	t->len = 0;
 }
 
