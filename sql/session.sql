@@ -34,6 +34,14 @@ SELECT s.id IS NOT NULL AS id, user_id, owner = current_user::regrole AS owner,
 	channel ~ '^chat_[0-9a-f]{32}$' AS channel, server, settings,
 	next_sequence, created_at = now() AS created, updated_at = now() AS updated
 FROM chat.create_chat_session() AS s;
+-- its id begins with the time in milliseconds (UUIDv7)
+WITH made AS MATERIALIZED (SELECT n, (chat.create_chat_session()).id FROM generate_series(1, 2) AS n),
+	ids AS (SELECT n, id, replace(id::text, '-', '') AS hex FROM made)
+SELECT substr(a.hex, 13, 1) AS version, substr(a.hex, 17, 1) ~ '[89ab]' AS variant,
+	a.id < b.id AS ordered, substr(a.hex, 17) <> substr(b.hex, 17) AS random,
+	now() - to_timestamp(('x0000' || substr(a.hex, 1, 12))::bit(64)::bigint / 1000.0)
+		BETWEEN '-1 hour' AND '1 hour' AS of_now
+FROM ids AS a, ids AS b WHERE a.n = 1 AND b.n = 2;
 -- with everything
 CREATE SERVER session_llm FOREIGN DATA WRAPPER chat_llm
 	OPTIONS (base_url 'http://127.0.0.1:1/v1', model 'm');
