@@ -175,7 +175,7 @@ note_event(Probe *probe, const ChatSseEvent *event)
 	ChatChunk	chunk;
 	ChatEndpointError error;
 
-	if (strcmp(event->name, "error") == 0)
+	if (chat_sse_is(event, "error"))
 	{
 		chat_openai.event_error(event->data, event->len, &error);
 		fail_probe(probe, error.kind, str_text(error.message));

@@ -4,9 +4,8 @@
  *
  * Owns: the multi handle, the epoll descriptors that libcurl's sockets are
  * members of, libcurl's timer, the list of transfers that have news, and some
- * easy handles for the next ones.
- * All of it is local to the process and made in the process that uses it,
- * never in the postmaster.
+ * easy handles for the next ones.  All of it is local to the process and made
+ * in the process that uses it, never in the postmaster.
  *
  * An epoll descriptor is nested in the caller's WaitEventSet, so that the
  * set stays the same however many sockets come and go; what is ready is
@@ -48,8 +47,8 @@ static int	answer_fd = -1;		/* sockets whose answer is under way */
 static bool held = false;		/* those are not looked at */
 static int64 timer_due = -1;	/* ms of now_ms(), -1 = none */
 static int	running = 0;
-static long connections = 0;	/* that libcurl may keep, used or not, ... */
-static int	most_connections = 0;	/* ... never more than this */
+static long connections = 0;	/* that libcurl may keep, used or not */
+static int	descriptors = 0;	/* that there are for them, 0 = not told */
 static int	begun = 0;			/* answers since chat_http_poll() came */
 
 /* What is known of a socket, by its number. */
@@ -481,9 +480,10 @@ block_signals(sigset_t *old)
 static void
 keep_connections(void)
 {
-	long		n = Min(running + KEEP_CONNECTIONS,
-						Max(most_connections, KEEP_CONNECTIONS));
+	long		n = running + KEEP_CONNECTIONS;
 
+	if (descriptors > 0)
+		n = Min(n, descriptors);
 	if (n == connections)
 		return;
 	connections = n;
@@ -532,7 +532,7 @@ chat_http_start(void)
 void
 chat_http_set_limit(int limit)
 {
-	most_connections = limit;
+	descriptors = limit;
 }
 
 /* Sets what every transfer has in common. */
@@ -613,20 +613,18 @@ take_handle(void)
 }
 
 /*
- * Gives back an easy handle.  Some are kept, as to make one costs more than to
- * clear it; not those with a small buffer, which libcurl would take for one of
+ * Keeps an easy handle for the next transfer, as to make one costs more than to
+ * clear it; not one with a small buffer, which libcurl would take for one of
  * the size that it is to have next.
  */
 static void
-drop_handle(ChatTransfer *t)
+keep_handle(ChatTransfer *t)
 {
 	if (t->small || nspare == SPARE_HANDLES)
-		curl_easy_cleanup(t->easy);
-	else
-	{
-		curl_easy_reset(t->easy);
-		spare[nspare++] = t->easy;
-	}
+		return;
+	curl_easy_reset(t->easy);
+	spare[nspare++] = t->easy;
+	t->easy = NULL;
 }
 
 /* Frees a transfer that is in no list and not part of the multi handle. */
@@ -634,7 +632,7 @@ static void
 free_transfer(ChatTransfer *t)
 {
 	if (t->easy)
-		drop_handle(t);
+		curl_easy_cleanup(t->easy);
 	/* headers and body may hold a key or what a user wrote */
 	for (struct curl_slist *h = t->headers; h != NULL; h = h->next)
 		explicit_bzero(h->data, strlen(h->data));
@@ -692,7 +690,8 @@ chat_http_close(ChatTransfer *t)
 {
 	if (t->ready)
 		dlist_delete(&t->node);
-	curl_multi_remove_handle(multi, t->easy);
+	if (curl_multi_remove_handle(multi, t->easy) == CURLM_OK)
+		keep_handle(t);
 	free_transfer(t);
 }
 
@@ -775,6 +774,7 @@ chat_http_poll(void)
 		curl_multi_socket_action(multi, CURL_SOCKET_TIMEOUT, 0, &running);
 	}
 	sigprocmask(SIG_SETMASK, &mask, NULL);
+	keep_connections();
 	collect_done();
 	note_answers();
 	return more;

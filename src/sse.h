@@ -17,6 +17,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <string.h>
 
 /* an event's name is kept up to this many bytes, the rest is cut off */
 #define CHAT_SSE_NAME_SIZE 24
@@ -80,5 +81,14 @@ extern ChatSseResult chat_sse_finish(ChatSse *sse, ChatSseEvent *ev);
 
 /* Frees the buffer; may be called again. */
 extern void chat_sse_free(ChatSse *sse);
+
+/* Says whether an event has this name. */
+static inline bool
+chat_sse_is(const ChatSseEvent *ev, const char *name)
+{
+	size_t		len = strlen(name);
+
+	return ev->name_len == len && memcmp(ev->name, name, len) == 0;
+}
 
 #endif							/* CHAT_SSE_H */

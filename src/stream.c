@@ -577,14 +577,14 @@ take_payload(ChatStream *s, const char *data, size_t len, MemoryContext brief)
 	MemoryContextReset(brief);
 }
 
-/* Takes an event; one that is called an error is one, whatever it holds. */
+/* Takes an event; one that is called an error is one, whatever its data is. */
 static void
 take_event(ChatStream *s, const ChatSseEvent *ev, MemoryContext brief)
 {
 	ChatEndpointError error;
 	MemoryContext old;
 
-	if (strcmp(ev->name, "error") != 0)
+	if (!chat_sse_is(ev, "error"))
 	{
 		take_payload(s, ev->data, ev->len, brief);
 		return;

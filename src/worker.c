@@ -212,7 +212,7 @@ static void
 set_limit(void)
 {
 	struct rlimit rlim;
-	int64		files = max_streams;
+	int64		files = PG_INT32_MAX;
 
 	if (getrlimit(RLIMIT_NOFILE, &rlim) == 0)
 	{
@@ -226,9 +226,9 @@ set_limit(void)
 		if (rlim.rlim_cur != RLIM_INFINITY)
 			files = (int64) rlim.rlim_cur - max_safe_fds - CHAT_RESERVED_FILES;
 	}
-	files = Max(Min(files, max_streams), 1);
-	chat_streams_set_limit((int) files);
-	chat_http_set_limit((int) files);
+	files = Max(files, 1);
+	chat_http_set_limit((int) Min(files, PG_INT32_MAX));
+	chat_streams_set_limit((int) Min(files, max_streams));
 }
 
 /*
