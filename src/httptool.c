@@ -638,3 +638,10 @@ chat_httptool_keep(const int64 *ids, int n)
 		free_call(c);
 	}
 }
+
+/* True if no call is under way. */
+bool
+chat_httptool_idle(void)
+{
+	return dlist_is_empty(&calls) && dlist_is_empty(&claimed);
+}

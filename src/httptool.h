@@ -34,6 +34,9 @@ extern int64 chat_httptool_due(void);
 extern void chat_httptool_store(int64 holder);
 extern void chat_httptool_stored(bool committed, int delay);
 
+/* True if there are no calls. */
+extern bool chat_httptool_idle(void);
+
 /* Ends the requests whose jobs are not among ids any more. */
 extern void chat_httptool_keep(const int64 *ids, int n);
 

@@ -571,6 +571,34 @@ start_missing(void)
 	return sleep;
 }
 
+/* Returns how many workers of the slot's database have a slot before it. */
+static int
+rank_of(const ChatSlot *slot)
+{
+	int			n = 0;
+
+	for (const ChatSlot *s = chat_shared->slots; s < slot; s++)
+		if (s->state == CHAT_SLOT_RUNNING && s->kind == CHAT_SLOT_WORKER &&
+			s->database == slot->database)
+			n++;
+	return n;
+}
+
+/* Tells the workers beyond chat.workers that they are, and all others. */
+static void
+mark_surplus(void)
+{
+	LWLockAcquire(chat_shared->lock, LW_SHARED);
+	for (int i = 0; i < chat_shared->nslots; i++)
+	{
+		ChatSlot   *slot = &chat_shared->slots[i];
+
+		if (slot->state == CHAT_SLOT_RUNNING && slot->kind == CHAT_SLOT_WORKER)
+			chat_shmem_set_surplus(slot, rank_of(slot) >= workers);
+	}
+	LWLockRelease(chat_shared->lock);
+}
+
 /* True if a worker was registered that has not come yet. */
 static bool
 any_starting(void)
@@ -623,6 +651,7 @@ chat_launcher_main(Datum arg)
 		take_changes();
 		if (reap_slots())
 			scan_databases(false);
+		mark_surplus();
 		sleep = start_missing();
 		if (any_starting() && (sleep < 0 || sleep > START_TIME))
 			sleep = START_TIME;

@@ -42,18 +42,18 @@ chat_recheck_init(void)
 							 NULL, NULL, NULL);
 }
 
-/* True if an administrator has paused the workers. */
+/* True if the worker is to begin nothing: paused, or one too many. */
 bool
 chat_recheck_is_paused(void)
 {
-	return paused;
+	return paused || pg_atomic_read_u32(&chat_slot->surplus);
 }
 
 /* True if the worker may take something from the queue. */
 bool
 chat_recheck_may_claim(void)
 {
-	return enabled && same_version && !paused;
+	return enabled && same_version && !chat_recheck_is_paused();
 }
 
 /* Returns when the tables are to be looked at, CHAT_NEVER if they need not. */

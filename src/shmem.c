@@ -91,6 +91,7 @@ init_slot(ChatSlot *slot)
 	pg_atomic_init_u32(&slot->bell_database, InvalidOid);
 	pg_atomic_init_u32(&slot->rung, 0);
 	pg_atomic_init_u32(&slot->paused, 0);
+	pg_atomic_init_u32(&slot->surplus, 0);
 	pg_atomic_init_u32(&slot->recheck, 0);
 	pg_atomic_init_u32(&slot->strays, 0);
 	pg_atomic_init_u32(&slot->notices, 0);
@@ -414,6 +415,19 @@ chat_shmem_ring(Oid database, bool recheck)
 			pg_atomic_read_u32(&slot->notices))
 			SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
 	}
+}
+
+/* Tells a worker, if it does not know, that it is one too many or is not. */
+void
+chat_shmem_set_surplus(ChatSlot *slot, bool surplus)
+{
+	uint32		proc = pg_atomic_read_u32(&slot->proc);
+
+	if (pg_atomic_exchange_u32(&slot->surplus, surplus) == surplus)
+		return;
+	pg_atomic_write_u32(&slot->rung, 1);
+	if (proc != 0)
+		SetLatch(&chat_proc_by_number(proc - 1)->procLatch);
 }
 
 /* Tells the streaming workers of a database that a tool has reported. */

@@ -76,6 +76,8 @@ typedef struct ChatSlot
 	pg_atomic_uint32 rung;		/* the latch alone would not do: whatever waits
 								 * within a transaction resets it, too */
 	pg_atomic_uint32 paused;	/* the worker knows that it shall rest */
+	pg_atomic_uint32 surplus;	/* more than chat.workers: it takes nothing and
+								 * ends when it has nothing open */
 	pg_atomic_uint32 recheck;	/* jobs were changed or deleted by others */
 	pg_atomic_uint32 strays;	/* tasks may have come without a job */
 	pg_atomic_uint32 notices;	/* listeners are to be told; see notice.c */
@@ -150,6 +152,7 @@ extern void chat_shmem_set_exit(ChatSlotExit how);
 extern int	chat_shmem_live(Oid database, int64 *identities);
 extern void chat_shmem_changed(Oid database);
 extern void chat_shmem_ring(Oid database, bool recheck);
+extern void chat_shmem_set_surplus(ChatSlot *slot, bool surplus);
 extern void chat_shmem_ring_progress(Oid database);
 extern void chat_shmem_ring_notices(Oid database);
 extern void chat_shmem_ring_prepared(void);

@@ -496,6 +496,7 @@ put_worker(ReturnSetInfo *rsinfo, const ChatSlot *slot)
 {
 	ChatCounters *c = (ChatCounters *) &slot->counters;
 	bool		paused = pg_atomic_read_u32((pg_atomic_uint32 *) &slot->paused) != 0;
+	bool		surplus = pg_atomic_read_u32((pg_atomic_uint32 *) &slot->surplus) != 0;
 	pg_atomic_uint64 *counters[] = {
 		&c->open_streams, &c->limit, &c->started, &c->completed, &c->failed,
 		&c->cancelled, &c->retried, &c->events, &c->flushes, &c->unnotified
@@ -506,7 +507,8 @@ put_worker(ReturnSetInfo *rsinfo, const ChatSlot *slot)
 	values[0] = Int32GetDatum(slot->pid);
 	nulls[0] = slot->pid == 0;
 	values[1] = CStringGetTextDatum(slot->state != CHAT_SLOT_RUNNING
-									? "starting" : paused ? "paused" : "running");
+									? "starting" : surplus ? "ending"
+									: paused ? "paused" : "running");
 	values[2] = TimestampTzGetDatum(slot->started_at);
 	for (size_t i = 0; i < lengthof(counters); i++)
 		values[3 + i] = Int64GetDatum((int64) pg_atomic_read_u64(counters[i]));

@@ -327,6 +327,20 @@ reload(void)
 	chat_due.claim = 0;
 }
 
+/*
+ * Ends a worker that is one too many and has nothing open.  Those that stay
+ * look at what it may have meant to do later.
+ */
+static void
+exit_if_surplus(void)
+{
+	if (!pg_atomic_read_u32(&chat_slot->surplus) || chat_streams.n > 0 ||
+		!chat_side_idle() || !chat_httptool_idle())
+		return;
+	chat_shmem_ring(MyDatabaseId, false);
+	proc_exit(0);
+}
+
 /* Stores what the streams have gathered; a claim that is due goes with it. */
 static void
 flush(void)
@@ -370,6 +384,7 @@ chat_worker_main(Datum slot)
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload();
+		exit_if_surplus();
 		if (bell_is_new())
 			chat_due.claim = chat_due.turns_retry = 0;
 		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))

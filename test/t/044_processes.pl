@@ -82,6 +82,33 @@ is( row($node, "SELECT count(*) FROM chat.chat_event WHERE"
 		  . join(',', map { literal($_->{task}) } @turns) . ")")->{count},
 	60, 'T42: and no task ends twice');
 
+# and fewer: who has something open ends it, and takes nothing new
+@turns = start_turns($node, 60, 'x [[tokens=3 gateat=1:f]]');
+$fake->get_json('/gate/f?wait=60');
+my $running = "FROM chat.worker_status() WHERE state = 'running'";
+$node->append_conf('postgresql.conf', 'chat.workers = 1');
+$node->reload;
+wait_for($node, "SELECT count(*) = 1 $running");
+my $kept = $node->safe_psql('postgres', "SELECT pid $running");
+is(row($node, 'SELECT sum(open_streams)::int AS n FROM chat.worker_status()')->{n}, 60,
+	'no stream is broken off');
+is(wait_for_task($node, ask($node, $session, 'x [[tokens=1]]'))->{status}, 'completed',
+	'the one that stays takes what comes');
+# one that ends may be needed again
+$node->append_conf('postgresql.conf', 'chat.workers = 3');
+$node->reload;
+wait_for($node, "SELECT count(*) = 3 $running");
+$node->append_conf('postgresql.conf', 'chat.workers = 1');
+$node->reload;
+wait_for($node, "SELECT count(*) = 1 $running");
+$fake->open_gate('f', 60);
+is(scalar(grep { wait_for_task($node, $_->{task})->{status} eq 'completed' } @turns), 60,
+	'all turns complete');
+wait_for($node, 'SELECT count(*) = 1 FROM chat.worker_status()');
+is($node->safe_psql('postgres', "SELECT pid $running"), $kept, 'one worker is left, the same');
+is(wait_for_task($node, ask($node, $session, 'x [[tokens=1]]'))->{status}, 'completed',
+	'and works');
+
 unlike(slurp_file($node->logfile), qr/terminated by signal|PANIC|TRAP/,
 	'nothing has crashed');
 $node->stop;
