@@ -109,6 +109,22 @@ bell_is_new(void)
 	return chat_due.claim != 0 && pg_atomic_read_u32(&chat_slot->rung);
 }
 
+/* True if the worker is one too many and has nothing open. */
+static bool
+may_leave(void)
+{
+	return pg_atomic_read_u32(&chat_slot->surplus) && chat_streams.n == 0 &&
+		chat_side_idle() && chat_httptool_idle();
+}
+
+/* Ends the worker; those that stay look at what it has meant to do later. */
+static void
+leave(void)
+{
+	chat_shmem_ring(MyDatabaseId, false);
+	proc_exit(0);
+}
+
 /* Returns how long the loop may sleep, in ms; -1 = until something comes. */
 static long
 sleep_time(void)
@@ -132,7 +148,7 @@ sleep_time(void)
 		(chat_due.sides && chat_recheck_may_claim()) ||
 		pg_atomic_read_u32(&chat_slot->progress_due) ||
 		pg_atomic_read_u32(&chat_slot->strays) ||
-		bell_is_new())
+		bell_is_new() || may_leave())
 		due = now;
 	if (http >= 0)
 		due = Min(due, now + http);
@@ -327,20 +343,6 @@ reload(void)
 	chat_due.claim = 0;
 }
 
-/*
- * Ends a worker that is one too many and has nothing open.  Those that stay
- * look at what it may have meant to do later.
- */
-static void
-exit_if_surplus(void)
-{
-	if (!pg_atomic_read_u32(&chat_slot->surplus) || chat_streams.n > 0 ||
-		!chat_side_idle() || !chat_httptool_idle())
-		return;
-	chat_shmem_ring(MyDatabaseId, false);
-	proc_exit(0);
-}
-
 /* Stores what the streams have gathered; a claim that is due goes with it. */
 static void
 flush(void)
@@ -384,7 +386,8 @@ chat_worker_main(Datum slot)
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload();
-		exit_if_surplus();
+		if (may_leave())
+			leave();
 		if (bell_is_new())
 			chat_due.claim = chat_due.turns_retry = 0;
 		if (pg_atomic_exchange_u32(&chat_slot->recheck, 0))
