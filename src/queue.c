@@ -99,7 +99,8 @@
 	"), job AS (" \
 	" UPDATE chat.chat_job AS j SET holder = $1, epoch = j.epoch + 1," \
 	"  attempts = j.attempts + 1, reset = false, rerun = false" \
-	" FROM task AS t WHERE j.id = t.id" \
+	/* an equation could be merged: all jobs read, if none were last seen */ \
+	" FROM task AS t WHERE j.id = ANY (ARRAY[t.id])" \
 	" RETURNING t.*, j.epoch, j.owner, j.attempts, j.crashes, j.cancel," \
 	"  j.last_seq, j.blamed, j.waited, j.shrink_to," \
 	"  COALESCE((j.spent->>'total_tokens')::bigint, 0) AS spent" \

@@ -1,7 +1,8 @@
 # Does a turn cost the same however many others run, and however many its
 # session has had?  The planner has seen the queue empty, and may see it so
 # again at any time: what it has made of the statements is read from the log of
-# auto_explain.
+# auto_explain.  What it knows of the tables is up to the test, not to when an
+# autovacuum comes by.
 
 use strict;
 use warnings;
@@ -23,6 +24,7 @@ plan skip_all => 'auto_explain is not installed'
 my $fake = start_fake();
 my $node = chat_cluster('main', conf => <<'EOC');
 shared_preload_libraries = 'auto_explain,chat'
+autovacuum = off
 auto_explain.log_min_duration = 0
 auto_explain.log_analyze = on
 auto_explain.log_timing = off
