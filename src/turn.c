@@ -53,7 +53,7 @@ CHAT_STMT(park_tasks,
 		  "  unnest($18), unnest($19))"
 		  "  AS u (job, epoch, session, task, answer, content, refusal,"
 		  "  tool_calls, metadata, prompt, completion, usage, calls,"
-		  "  context, compaction)"
+		  "  context, compaction)" CHAT_FEW("$5")
 		  "), ok AS MATERIALIZED ("
 		  " SELECT e.*, j.spent, s.next_sequence, s.owner,"
 		  "  t.steps + 1 AS step,"
