@@ -252,8 +252,8 @@ CHAT_STMT(load_calls,
 		  " c.arguments, length(c.result)"
 		  " FROM ROWS FROM (unnest($1), unnest($2))"
 		  "  WITH ORDINALITY AS w (task, step, n)"
-		  " JOIN chat.chat_tool_call AS c ON c.task_id = w.task"
-		  "  AND c.step = w.step"
+		  " CROSS JOIN LATERAL (SELECT o.* FROM chat.chat_tool_call AS o"
+		  "  WHERE o.task_id = w.task AND o.step = w.step OFFSET 0) AS c"
 		  " ORDER BY w.n, c.position",
 		  UUIDARRAYOID, INT4ARRAYOID, INT4OID);
 

@@ -75,6 +75,10 @@ sub wide
 	return @found;
 }
 
+# the server sees the queue empty, after it was in use
+wait_for_task($node, ask($node, create_session($node)->{id}, 'call [[tool=answer]]'));
+$node->safe_psql('postgres', 'VACUUM chat.chat_job; VACUUM chat.chat_tool_call');
+
 # what runs, and what was
 my @running = map { $_->{task} }
   start_turns($node, MANY, 'run [[tokens=2 gateat=1:on]]');
