@@ -243,7 +243,10 @@ CHAT_STMT(find_busy,
 		  "   AND r.status = 'waiting' AND NOT r.detached OFFSET 0)",
 		  UUIDARRAYOID, UUIDARRAYOID);
 
-/* $1 tasks, $2 their steps, $3 characters of a result that are looked at */
+/*
+ * $1 tasks, $2 their steps, $3 characters of a result that are looked at; a
+ * probe for each task, however many calls there are: see queue.c
+ */
 CHAT_STMT(load_calls,
 		  "SELECT w.n::int, c.operation_id, c.call_id, c.name, c.kind,"
 		  " c.status, left(c.result, $3), c.long_running, c.announced,"

@@ -139,7 +139,7 @@ SELECT chat.submit_tool_output(session_id, 'c1', '"blue"') FROM chat.chat_task W
 EOS
 is(wait_for_task($node, $waits)->{status}, 'completed', 'and the task goes on');
 $log = substr(slurp_file($node->logfile), $offset);
-like($log, qr/Query Text: WITH picked AS MATERIALIZED/, 'it was claimed');
+like($log, qr/Query Text: WITH picked AS MATERIALIZED.*tool_kind = 'http'/, 'it was claimed');
 is_deeply([ wide($log) ], [], 'whoever looks for a call does not read all that wait');
 $gate->query_safe('SELECT pg_advisory_unlock(1)');
 $gate->quit;
