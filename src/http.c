@@ -523,7 +523,6 @@ chat_http_start(void)
 				 errmsg("could not create a libcurl multi handle")));
 	curl_multi_setopt(multi, CURLMOPT_SOCKETFUNCTION, on_socket);
 	curl_multi_setopt(multi, CURLMOPT_TIMERFUNCTION, on_timer);
-	connections = 0;
 	keep_connections();
 	return epoll_fd;
 }
